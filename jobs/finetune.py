@@ -1,0 +1,11 @@
+"""What `ray job submit` starts for a fine-tune; takes the arguments of `orchestrator finetune`.
+
+    ray job submit --working-dir . -- python jobs/finetune.py JOB.yaml
+"""
+
+import sys
+
+from orchestrator.cli import main
+
+if __name__ == "__main__":
+    main(["finetune", *sys.argv[1:]], prog_name="finetune.py")

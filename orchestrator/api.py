@@ -1,0 +1,219 @@
+"""A fine-tune as one call: the command line and notebooks stand on it."""
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from orchestrator.config import JobConfig
+from orchestrator.errors import OrchestratorError, RefusedError
+from orchestrator.identity import changed_keys
+from orchestrator.jobfile import dump_job, job_from_mapping, load_job
+from orchestrator.places import cache_dir, journal_path, stop_path
+from orchestrator.tracking.delivery import Delivery, deliver_pending
+from orchestrator.tracking.journal import read_events
+from orchestrator.tracking.observer import JournalObserver
+from orchestrator.tracking.secrets import redact
+from orchestrator.tracking.system import SystemSampler
+
+Say = Callable[[str], None]
+# How long the command waits at its end for MLflow to take what is left.
+_DELIVERY_SECONDS = 60.0
+_PENDING_SECONDS = 20.0
+
+
+def finetune(
+    job: JobConfig | Mapping[str, Any] | str | Path,
+    overrides: Sequence[str] = (),
+    local: bool = False,
+    say: Say = print,
+    watch: Callable[[Path], Any] | None = None,
+) -> dict[str, Any]:
+    """Fine-tune, or go on with a run of the same name, and return its results.
+
+    Args:
+        job: a job file's path, its content as a mapping, or a resolved job.
+        overrides: `key=value` settings, for a job file.
+        local: run in this process instead of on Ray.
+        say: is told what happens, a line at a time.
+        watch: a context manager made with the run's folder, open while the run goes on.
+
+    Returns:
+        status, name, run_id, steps, tokens, initial_eval_loss, eval_loss, train_loss,
+        tokens_per_second, peak_memory_bytes, workers, restarts, adapter, model_version.
+
+    Raises:
+        OrchestratorError: the job was refused, failed or was interrupted; see its exit_status.
+    """
+    resolved = _resolve(job, overrides)
+    run_dir = resolved.run_dir.absolute()
+    with _own(run_dir):
+        deliver_pending(resolved, run_dir, say, _PENDING_SECONDS)
+        _check_same_job(resolved, run_dir)
+        finished = _finished(resolved, run_dir)
+        if finished is not None:
+            say(f"{resolved.name} is finished ({finished['steps']} steps); nothing to do. {run_dir}")
+            return finished
+        _write(run_dir / "job.yaml", redact(dump_job(resolved)))
+        return _run(resolved, run_dir, local, say, watch)
+
+
+def _run(
+    job: JobConfig, run_dir: Path, local: bool, say: Say, watch: Callable[[Path], Any] | None
+) -> dict[str, Any]:
+    starts = _count_starts(run_dir)
+    delivery = Delivery(job, run_dir, say)
+    delivery.start()
+    status, results, error = "failed", {}, None
+    try:
+        with watch(run_dir) if watch else _nothing():
+            results = _train_here(job, run_dir) if local else _train_on_ray(job, run_dir)
+        status = "finished"
+    except OrchestratorError as raised:
+        status = "interrupted" if raised.exit_status == 130 else "failed"
+        error = str(raised)
+        raise
+    except KeyboardInterrupt:
+        status, error = "interrupted", "interrupted twice"
+        raise
+    except BaseException as raised:
+        error = f"{type(raised).__name__}: {raised}"
+        raise
+    finally:
+        results = {**results, "restarts": max(0, _count_starts(run_dir) - starts - 1)}
+        _write_samples(run_dir)
+        with JournalObserver(run_dir) as observer:
+            observer.emit("finish", status=status, error=error, **results)
+        report = delivery.close(_DELIVERY_SECONDS if status == "finished" else _PENDING_SECONDS)
+    complete = {
+        "status": status,
+        "name": job.name,
+        "run_id": report.run_id,
+        **results,
+        "model_version": report.model_version,
+    }
+    _write(run_dir / "result.json", json.dumps(complete, indent=1))
+    return complete
+
+
+def _train_here(job: JobConfig, run_dir: Path) -> dict[str, Any]:
+    from orchestrator.training.collective import World
+    from orchestrator.training.run import run
+
+    with JournalObserver(run_dir) as observer, _stop_on_interrupt(run_dir):
+        with SystemSampler(observer.emit):
+            return run(job, run_dir, cache_dir(), World(), observer)
+
+
+def _train_on_ray(job: JobConfig, run_dir: Path) -> dict[str, Any]:
+    from orchestrator.cluster.driver import run
+
+    with _stop_on_interrupt(run_dir):
+        return run(job, run_dir)
+
+
+def _resolve(
+    job: JobConfig | Mapping[str, Any] | str | Path, overrides: Sequence[str]
+) -> JobConfig:
+    if isinstance(job, JobConfig):
+        return job
+    return job_from_mapping(job) if isinstance(job, Mapping) else load_job(job, overrides)
+
+
+@contextmanager
+def _own(run_dir: Path) -> Iterator[None]:
+    """Hold the run's folder: two commands over one run would write one journal."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RefusedError(f"output_dir: {run_dir} cannot be made: {error}") from error
+    lock = FileLock(run_dir / ".lock", blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise RefusedError(f"{run_dir} is in use: another command is running this job") from None
+    try:
+        stop_path(run_dir).unlink(missing_ok=True)
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _stop_on_interrupt(run_dir: Path) -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM asks the run to save and end; the second ends it at once."""
+
+    def ask(number: int, frame: Any) -> None:
+        if stop_path(run_dir).exists():
+            raise KeyboardInterrupt
+        stop_path(run_dir).touch()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def _check_same_job(job: JobConfig, run_dir: Path) -> None:
+    """A run's folder goes on with the job that began it, or not at all."""
+    kept = run_dir / "job.yaml"
+    if not kept.exists() or not (run_dir / "checkpoints").exists():
+        return
+    changes = changed_keys(load_job(kept), job)
+    if changes:
+        listed = "; ".join(f"{key} was {old!r}, is now {new!r}" for key, old, new in changes)
+        raise RefusedError(
+            f"{run_dir} holds a run of this name with other settings: {listed}. "
+            "Give the job another name, restore the settings, or delete that folder"
+        )
+
+
+def _finished(job: JobConfig, run_dir: Path) -> dict[str, Any] | None:
+    """The results of a finished run of just this length, if there is one."""
+    try:
+        results = json.loads((run_dir / "result.json").read_text())
+        before = load_job(run_dir / "job.yaml").training
+    except (OSError, ValueError, OrchestratorError):
+        return None
+    same = (before.max_steps, before.epochs) == (job.training.max_steps, job.training.epochs)
+    whole = same and results.get("status") == "finished" and Path(results["adapter"]).is_dir()
+    return results if whole else None
+
+
+def _count_starts(run_dir: Path) -> int:
+    path = journal_path(run_dir)
+    if not path.exists():
+        return 0
+    return sum(event["event"] == "start" for event, _ in read_events(path))
+
+
+def _write_samples(run_dir: Path) -> None:
+    path = journal_path(run_dir)
+    if not path.exists():
+        return
+    samples = [event for event, _ in read_events(path) if event["event"] == "sample"]
+    lines = [json.dumps({k: v for k, v in s.items() if k != "event"}) for s in samples]
+    _write(run_dir / "samples.jsonl", "".join(f"{line}\n" for line in lines))
+
+
+def _write(path: Path, text: str) -> None:
+    """Write beside and rename."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(text)
+    beside.replace(path)

@@ -1,0 +1,91 @@
+"""The commands: parse, call, print. Nothing heavy is imported before a command runs."""
+
+import json
+import sys
+from typing import Any, NoReturn
+
+import click
+
+_JOB = click.argument("job", metavar="JOB.yaml", type=click.Path(dir_okay=False))
+_SET = click.option(
+    "--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Override a key of the job file."
+)
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="orchestrator")
+def main() -> None:
+    """Fine-tune language models with QLoRA, from one CPU to a cluster of GPUs."""
+
+
+@main.command()
+@_JOB
+@_SET
+@click.option("--local", is_flag=True, help="Run in this process, without Ray.")
+@_JSON
+def finetune(job: str, overrides: tuple[str, ...], local: bool, as_json: bool) -> None:
+    """Fine-tune as JOB.yaml says, or go on where it stopped."""
+    from rich.console import Console
+
+    from orchestrator.errors import OrchestratorError
+
+    console = Console(stderr=True, highlight=False)
+    try:
+        from orchestrator.jobfile import load_job
+
+        resolved = load_job(job, overrides)
+        from orchestrator.api import finetune as run
+        from orchestrator.watch import watching
+
+        results = run(
+            resolved,
+            local=local,
+            say=lambda line: console.print(line, markup=False),
+            watch=lambda run_dir: watching(run_dir, console),
+        )
+    except OrchestratorError as error:
+        _end(error.exit_status, str(error), as_json, job)
+    except KeyboardInterrupt:
+        _end(130, "Interrupted; run the same command again to go on", as_json, job)
+    if as_json:
+        click.echo(json.dumps(results))
+    from orchestrator.summary import show
+
+    show(resolved, results, console)
+
+
+@main.command()
+@_JOB
+@_SET
+@click.option("--port", default=5000, show_default=True, help="Port on 127.0.0.1.")
+def ui(job: str, overrides: tuple[str, ...], port: int) -> None:
+    """Open the MLflow UI over the job's store."""
+    import os
+
+    from orchestrator.errors import OrchestratorError
+    from orchestrator.jobfile import load_job
+    from orchestrator.tracking.secrets import redact
+    from orchestrator.tracking.store import tracking_uri
+    from orchestrator.tracking.ui import ui_command
+
+    try:
+        resolved = load_job(job, overrides)
+    except OrchestratorError as error:
+        _end(error.exit_status, str(error), False, job)
+    command = ui_command(resolved, port)
+    if command is None:
+        click.echo(f"The UI is at {redact(tracking_uri(resolved))}")
+        return
+    click.echo(f"MLflow UI: http://127.0.0.1:{port} (Ctrl-C ends it)", err=True)
+    os.execv(command[0], command)
+
+
+def _end(status: int, message: str, as_json: bool, job: str) -> NoReturn:
+    """Say why on stderr, and with `--json` in one object too; leave with the status."""
+    click.echo(f"orchestrator: {message}", err=True)
+    if as_json:
+        word = {2: "refused", 130: "interrupted"}.get(status, "failed")
+        results: dict[str, Any] = {"status": word, "job": job, "error": message}
+        click.echo(json.dumps(results))
+    sys.exit(status)

@@ -1,0 +1,277 @@
+"""One strict YAML file becomes one frozen `JobConfig`.
+
+Knows the job file's keys and what each may hold; imports neither torch nor Ray. Precedence is
+defaults, then the file, then the command line. Nothing changes a config after it is made.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+Source = str | tuple[str, ...]
+
+
+def _one_or_many(value: Any) -> Any:
+    """Accept one text or a list of texts."""
+    if isinstance(value, str) and value:
+        return value
+    if isinstance(value, (list, tuple)) and value and all(isinstance(v, str) and v for v in value):
+        return tuple(value)
+    raise ValueError("give a path or hub id, or a list of them")
+
+
+def _auto_or_positive_int(value: Any) -> Any:
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        return value
+    raise ValueError("give 'auto' or a whole number above 0")
+
+
+def _auto_or_bool(value: Any) -> Any:
+    if value == "auto" or isinstance(value, bool):
+        return value
+    raise ValueError("give 'auto', true or false")
+
+
+def _target_modules(value: Any) -> Any:
+    if value == "all-linear":
+        return value
+    if isinstance(value, (list, tuple)) and value and all(isinstance(v, str) and v for v in value):
+        return tuple(value)
+    raise ValueError("give 'all-linear' or a list of module names such as [q_proj, v_proj]")
+
+
+def _validation(value: Any) -> Any:
+    if value is None or value == 0:
+        return None
+    if isinstance(value, float) and 0 < value < 1:
+        return value
+    if isinstance(value, (int, float)):
+        raise ValueError("a share of the training rows lies between 0 and 1")
+    try:
+        return _one_or_many(value)
+    except ValueError:
+        raise ValueError("give a share such as 0.05, a path or hub id, or null") from None
+
+
+def _workers(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        if len(value) == 2 and all(type(v) is int and v > 0 for v in value) and value[0] <= value[1]:
+            return tuple(value)
+        raise ValueError("a range is [min, max], two whole numbers with 1 <= min <= max")
+    try:
+        return _auto_or_positive_int(value)
+    except ValueError:
+        raise ValueError("give 'auto', a whole number above 0, or [min, max]") from None
+
+
+def _auto_or_share(value: Any) -> Any:
+    if value == "auto" or (isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0):
+        return value
+    raise ValueError("give 'auto' or a number of GPUs, 0 or more")
+
+
+def _file_name(value: str) -> str:
+    if value in {".", ".."} or "/" in value or "\\" in value or not value.strip():
+        raise ValueError("the name becomes a folder under output_dir, so it holds no slash")
+    return value
+
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+class ModelConfig(_Section):
+    """Which base model is fine-tuned."""
+
+    base: Annotated[str, Field(min_length=1)]
+    """A hub id, a folder in the Hugging Face layout, or a .gguf file."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id; null takes the default branch."""
+    trust_remote_code: bool = False
+    """Run Python code that the model's repository brings. Off unless you have read that code."""
+
+
+class QuantizationConfig(_Section):
+    """How the frozen base is stored."""
+
+    type: Literal["nf4", "fp4", "none"] = "nf4"
+    """4-bit data type of the base's linear layers; `none` keeps them in the compute dtype."""
+    double_quant: bool = True
+    """Quantize the quantization constants too (QLoRA paper, section 3)."""
+    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Dtype of the matrix products; `auto` takes bfloat16 where the device has it."""
+
+
+class LoraConfig(_Section):
+    """The adapter."""
+
+    rank: PositiveInt = 16
+    alpha: Annotated[float, Field(gt=0)] = 32
+    """The adapter's output is scaled by alpha / rank (alpha / sqrt(rank) with rslora)."""
+    dropout: Share = 0.0
+    """Probability that an input element of the adapter is zeroed while training."""
+    target_modules: Annotated[
+        Literal["all-linear"] | tuple[str, ...], BeforeValidator(_target_modules)
+    ] = "all-linear"
+    """Names of the linear layers that get an adapter; `all-linear` takes all but the output head."""
+    rslora: bool = False
+
+
+class DataConfig(_Section):
+    """What is trained on."""
+
+    train: Annotated[Source, BeforeValidator(_one_or_many)]
+    """File(s) of jsonl, json, csv or parquet, a folder of them, or a hub id."""
+    validation: Annotated[float | Source | None, BeforeValidator(_validation)] = 0.05
+    """A share of the training rows, a source of its own, or null for none."""
+    format: Literal[
+        "auto", "messages", "prompt_completion", "alpaca", "sharegpt", "question_answer", "text"
+    ] = "auto"
+    columns: dict[str, str] = {}
+    """Maps a format's column to the data's own name, such as {question: Q, answer: A}."""
+    max_length: Annotated[int, Field(ge=2)] = 2048
+    """Tokens an example may have."""
+    train_on: Literal["completion", "all"] = "completion"
+    """Loss on the assistant's turns, or on every token."""
+    too_long: Literal["cut", "drop"] = "cut"
+    """What happens to an example over max_length: its prompt loses its oldest tokens, or it is left out."""
+    on_bad_row: Literal["refuse", "skip"] = "refuse"
+    """Whether a row that does not fit the format ends the job, or is counted and left out."""
+
+
+class TrainingConfig(_Section):
+    """The optimization."""
+
+    epochs: Annotated[float, Field(gt=0)] = 3
+    max_steps: PositiveInt | None = None
+    """Optimizer steps; overrides epochs."""
+    batch_size: PositiveInt = 16
+    """Sequences per optimizer step, over all workers."""
+    learning_rate: Annotated[float, Field(gt=0)] = 2.0e-4
+    scheduler: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape of the learning rate after warm-up; linear and cosine end at 0."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 0.3
+    """Gradients are scaled down to this global norm; null switches clipping off."""
+    optimizer: Literal["auto", "adamw", "paged_adamw", "paged_adamw_8bit"] = "auto"
+    """`auto` takes paged AdamW on CUDA and torch's AdamW on the CPU."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Decides the adapter's first weights, the order of the data and dropout."""
+    tokens_per_pass: Annotated[
+        Literal["auto"] | int, BeforeValidator(_auto_or_positive_int)
+    ] = "auto"
+    """Tokens in one forward pass. Changes speed and memory, never the result."""
+    gradient_checkpointing: Annotated[Literal["auto"] | bool, BeforeValidator(_auto_or_bool)] = "auto"
+    """Keep only each layer's input and compute the rest again in the backward pass."""
+
+
+class EvaluationConfig(_Section):
+    """What is measured on the validation set."""
+
+    every: PositiveInt = 50
+    """Steps between evaluations; one before the first step and one after the last are always made."""
+    samples: Annotated[int, Field(ge=0)] = 3
+    """Prompts of the validation set that are answered before and after training."""
+
+
+class CheckpointConfig(_Section):
+    """What survives a kill."""
+
+    every: PositiveInt = 50
+    """Steps between checkpoints."""
+    keep: PositiveInt = 2
+    """Newest checkpoints kept, beside the best by eval loss."""
+
+
+class ClusterConfig(_Section):
+    """Where the job runs."""
+
+    address: str = "auto"
+    """A Ray address; `auto` joins the cluster this machine belongs to, or starts Ray here."""
+    workers: Annotated[
+        Literal["auto"] | int | tuple[int, int], BeforeValidator(_workers)
+    ] = "auto"
+    """One worker per GPU; a number; or [min, max] for an elastic run."""
+    gpus_per_worker: Annotated[Literal["auto"] | float, BeforeValidator(_auto_or_share)] = "auto"
+    cpus_per_worker: Annotated[float, Field(gt=0)] = 1
+    max_failures: Annotated[int, Field(ge=0)] = 3
+    """Worker failures after which the run ends with exit status 1."""
+
+
+class TrackingConfig(_Section):
+    """Where MLflow is."""
+
+    uri: str | None = None
+    """An MLflow tracking URI; null keeps a SQLite store under output_dir."""
+    experiment: Annotated[str, Field(min_length=1)] = "default"
+    registered_model: str | None = None
+    """Register the adapter under this name; alias `champion` marks the best by eval loss."""
+
+
+_RANGE_KINDS = ("choice", "grid", "uniform", "loguniform", "int", "logint")
+
+
+def _search_space(value: Any) -> Any:
+    if not isinstance(value, dict):
+        raise ValueError("give a mapping such as {lora.rank: {choice: [8, 16]}}")
+    for key, domain in value.items():
+        if not (isinstance(domain, dict) and len(domain) == 1 and next(iter(domain)) in _RANGE_KINDS):
+            raise ValueError(f"{key}: give one of {', '.join(_RANGE_KINDS)}, such as {{choice: [8, 16]}}")
+        kind, bounds = next(iter(domain.items()))
+        if not isinstance(bounds, list) or not bounds:
+            raise ValueError(f"{key}: {kind} takes a list of values")
+        if kind not in ("choice", "grid"):
+            numbers = all(isinstance(b, (int, float)) and not isinstance(b, bool) for b in bounds)
+            if not (len(bounds) == 2 and numbers and bounds[0] < bounds[1]):
+                raise ValueError(f"{key}: {kind} takes [low, high] with low below high")
+    return {str(key): dict(domain) for key, domain in value.items()}
+
+
+class SweepConfig(_Section):
+    """The search; `finetune` leaves it alone."""
+
+    trials: PositiveInt = 16
+    search_space: Annotated[dict[str, dict[str, list[Any]]], BeforeValidator(_search_space)] = {}
+    searcher: Literal["optuna", "random", "grid"] = "optuna"
+    scheduler: Literal["asha", "pbt", "none"] = "asha"
+    metric: Annotated[str, Field(min_length=1)] = "eval_loss"
+    placement: Literal["auto", "shared", "isolated"] = "auto"
+    concurrent: Annotated[Literal["auto"] | int, BeforeValidator(_auto_or_positive_int)] = "auto"
+
+
+class JobConfig(_Section):
+    """A whole job file, resolved."""
+
+    name: Annotated[str, Field(min_length=1), AfterValidator(_file_name)]
+    """Identity: the same name in the same output_dir continues."""
+    output_dir: Annotated[str, Field(min_length=1)] = "runs"
+    model: ModelConfig
+    quantization: QuantizationConfig = QuantizationConfig()
+    lora: LoraConfig = LoraConfig()
+    data: DataConfig
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    sweep: SweepConfig | None = None
+
+    @model_validator(mode="after")
+    def _example_fits_schedule(self) -> "JobConfig":
+        steps, warmup = self.training.max_steps, self.training.warmup_steps
+        if steps is not None and warmup > steps:
+            raise ValueError(f"training.warmup_steps ({warmup}) is over training.max_steps ({steps})")
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's folder, `output_dir/name`."""
+        return Path(self.output_dir) / self.name

@@ -1,0 +1,150 @@
+"""Encoded examples in flat, memory-mapped files: no copy per worker, none in memory."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orchestrator.data.encoding import Example
+
+_DTYPES = {
+    "ids": np.int32,
+    "trained": np.bool_,
+    "ends": np.int64,
+    "targets": np.int32,
+    "answers": np.int32,
+    "hashes": np.uint64,
+}
+_RECORD = "record.json"
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What became of a source's rows."""
+
+    rows: int = 0
+    examples: int = 0
+    bad: int = 0
+    cut: int = 0
+    dropped: int = 0
+    untrained: int = 0
+    tokens: int = 0
+    targets: int = 0
+
+
+class EncodedDataset:
+    """Read-only examples of a cache entry, or some of them. Pickles as a path.
+
+    Attributes:
+        digest: changes whenever the examples do.
+    """
+
+    def __init__(self, folder: Path, digest: str, chosen: NDArray[np.int64] | None = None) -> None:
+        self.folder, self.digest, self._chosen = folder, digest, chosen
+        self._files = {
+            name: np.memmap(folder / f"{name}.bin", dtype=dtype, mode="r")
+            for name, dtype in _DTYPES.items()
+        }
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return len(self._files["ends"] if self._chosen is None else self._chosen)
+
+    def __getitem__(self, index: int) -> Example:
+        """One example; its arrays are views of the mapped files."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        place = index if self._chosen is None else int(self._chosen[index])
+        ends = self._files["ends"]
+        part = slice(int(ends[place - 1]) if place else 0, int(ends[place]))
+        return Example(
+            np.asarray(self._files["ids"][part]),
+            np.asarray(self._files["trained"][part]),
+            int(self._files["answers"][place]),
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel as a path; the receiver maps the same files."""
+        return EncodedDataset, (self.folder, self.digest, self._chosen)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """int64 (examples,): tokens of each example."""
+        return self._select(np.diff(self._files["ends"], prepend=0))
+
+    @property
+    def target_counts(self) -> NDArray[np.int32]:
+        """int32 (examples,): target tokens of each example."""
+        return self._select(self._files["targets"])
+
+    @property
+    def hashes(self) -> NDArray[np.uint64]:
+        """uint64 (examples,): a hash of each example's content."""
+        return self._select(self._files["hashes"])
+
+    def subset(self, places: NDArray[np.int64]) -> "EncodedDataset":
+        """The examples at these places; nothing is copied."""
+        chosen = places if self._chosen is None else self._chosen[places]
+        return EncodedDataset(self.folder, self.digest, chosen)
+
+    def _select(self, values: NDArray[Any]) -> NDArray[Any]:
+        return np.asarray(values if self._chosen is None else values[self._chosen])
+
+
+class DatasetWriter:
+    """Appends examples to a folder's files. A context manager; `finish` makes it whole."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self._end = folder, 0
+        self._streams = {name: (folder / f"{name}.bin").open("wb") for name in _DTYPES}
+
+    def __enter__(self) -> "DatasetWriter":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for stream in self._streams.values():
+            stream.close()
+
+    def append(self, example: Example, content_hash: int) -> None:
+        """Add one example."""
+        self._end += len(example.ids)
+        values = {
+            "ids": example.ids,
+            "trained": example.trained,
+            "ends": self._end,
+            "targets": example.trained[1:].sum(),
+            "answers": example.answer_start,
+            "hashes": content_hash,
+        }
+        for name, value in values.items():
+            self._streams[name].write(np.asarray(value, dtype=_DTYPES[name]).tobytes())
+
+    def finish(self, counts: Counts, details: dict[str, Any]) -> None:
+        """Write the record that makes the entry valid."""
+        for stream in self._streams.values():
+            stream.flush()
+        sizes = {name: (self._folder / f"{name}.bin").stat().st_size for name in _DTYPES}
+        record = {"sizes": sizes, "counts": asdict(counts), **details}
+        (self._folder / _RECORD).write_text(json.dumps(record, indent=1))
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """The record of a whole entry; None where there is none or a file is damaged."""
+    try:
+        record: dict[str, Any] = json.loads((folder / _RECORD).read_text())
+        for name, size in record["sizes"].items():
+            if (folder / f"{name}.bin").stat().st_size != size:
+                return None
+    except (OSError, ValueError, KeyError):
+        return None
+    return record

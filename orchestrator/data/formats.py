@@ -1,0 +1,181 @@
+"""Rows of known formats become conversations or plain texts."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.errors import DataError
+
+
+class BadRowError(ValueError):
+    """A row does not fit its format; the message says why."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message of a conversation; `role` is system, user, assistant or tool."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation with at least one assistant turn."""
+
+    turns: tuple[Turn, ...]
+
+
+@dataclass(frozen=True)
+class Text:
+    """A plain text."""
+
+    text: str
+
+
+_ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "tool": "tool",
+}
+
+
+@dataclass(frozen=True)
+class Format:
+    """A data format: the columns it needs, those it may have, and how a row is read."""
+
+    name: str
+    required: tuple[str, ...]
+    read: Callable[[Mapping[str, Any]], Chat | Text]
+    optional: tuple[str, ...] = ()
+
+
+def _text(row: Mapping[str, Any], column: str) -> str:
+    value = row.get(column)
+    if value is None:
+        raise BadRowError(f"column {column} is missing")
+    if not isinstance(value, str):
+        raise BadRowError(f"column {column} holds {type(value).__name__}, not text")
+    if not value.strip():
+        raise BadRowError(f"column {column} is empty")
+    return value
+
+
+def _turns(messages: Any, column: str, role_key: str, content_key: str) -> list[Turn]:
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise BadRowError(f"column {column} is no list of messages")
+    turns = []
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, Mapping):
+            raise BadRowError(f"message {number} of {column} is no object")
+        role, content = message.get(role_key), message.get(content_key)
+        if role not in _ROLES:
+            known = ", ".join(sorted(_ROLES))
+            raise BadRowError(f"message {number} has {role_key} {role!r}; known are {known}")
+        if not isinstance(content, str):
+            raise BadRowError(f"message {number} has no text in {content_key!r}")
+        turns.append(Turn(_ROLES[role], content))
+    return turns
+
+
+def _chat(turns: Iterable[Turn]) -> Chat:
+    kept = tuple(turns)
+    answers = [turn for turn in kept if turn.role == "assistant"]
+    if not answers:
+        raise BadRowError("it has no assistant turn to train on")
+    if any(not turn.content.strip() for turn in answers):
+        raise BadRowError("an assistant turn is empty")
+    return Chat(kept)
+
+
+def _messages(row: Mapping[str, Any]) -> Chat:
+    return _chat(_turns(row.get("messages"), "messages", "role", "content"))
+
+
+def _sharegpt(row: Mapping[str, Any]) -> Chat:
+    return _chat(_turns(row.get("conversations"), "conversations", "from", "value"))
+
+
+def _prompt_completion(row: Mapping[str, Any]) -> Chat:
+    prompt, completion = row.get("prompt"), row.get("completion")
+    if isinstance(prompt, str) and isinstance(completion, str):
+        question, answer = _text(row, "prompt"), _text(row, "completion")
+        return _chat([Turn("user", question), Turn("assistant", answer)])
+    if isinstance(prompt, (list, tuple)) and isinstance(completion, (list, tuple)):
+        before = _turns(prompt, "prompt", "role", "content")
+        return _chat([*before, *_turns(completion, "completion", "role", "content")])
+    raise BadRowError("prompt and completion are both texts, or both lists of messages")
+
+
+def _alpaca(row: Mapping[str, Any]) -> Chat:
+    question = _text(row, "instruction")
+    extra = row.get("input")
+    if isinstance(extra, str) and extra.strip():
+        question = f"{question}\n\n{extra}"
+    return _chat([Turn("user", question), Turn("assistant", _text(row, "output"))])
+
+
+def _question_answer(row: Mapping[str, Any]) -> Chat:
+    return _chat([Turn("user", _text(row, "question")), Turn("assistant", _text(row, "answer"))])
+
+
+def _plain(row: Mapping[str, Any]) -> Text:
+    return Text(_text(row, "text"))
+
+
+FORMATS = {
+    format.name: format
+    for format in (
+        Format("messages", ("messages",), _messages),
+        Format("sharegpt", ("conversations",), _sharegpt),
+        Format("prompt_completion", ("prompt", "completion"), _prompt_completion),
+        Format("alpaca", ("instruction", "output"), _alpaca, ("input",)),
+        Format("question_answer", ("question", "answer"), _question_answer),
+        Format("text", ("text",), _plain),
+    )
+}
+
+
+def check_columns(name: str, columns: Mapping[str, str]) -> None:
+    """Refuse a mapping of columns that the format does not have.
+
+    Raises:
+        DataError: `data.columns` names an unknown column.
+    """
+    formats = FORMATS.values() if name == "auto" else [FORMATS[name]]
+    known = sorted({c for f in formats for c in (*f.required, *f.optional)})
+    for column in columns:
+        if column not in known:
+            raise DataError(
+                f"data.columns: the format {name} has no column {column!r}; it has "
+                f"{', '.join(known)}"
+            )
+
+
+def detect(present: Iterable[str], columns: Mapping[str, str], source: str) -> Format:
+    """The format whose columns are there, the most telling first.
+
+    Raises:
+        DataError: no format fits.
+    """
+    there = set(present)
+    for format in FORMATS.values():
+        if all(columns.get(column, column) in there for column in format.required):
+            return format
+    shapes = "; ".join(f"{f.name}: {', '.join(f.required)}" for f in FORMATS.values())
+    raise DataError(
+        f"{source} has the columns {', '.join(sorted(there))}, which fit no format ({shapes}). "
+        "Set data.format, and data.columns where the names differ"
+    )
+
+
+def rename(row: Mapping[str, Any], format: Format, columns: Mapping[str, str]) -> dict[str, Any]:
+    """The row's values under the format's own column names."""
+    names = (*format.required, *format.optional)
+    return {name: row.get(columns.get(name, name)) for name in names}

@@ -1,0 +1,46 @@
+"""Every error a user can meet, with the exit status it ends the command with.
+
+The classes take one message, so that they survive pickling between Ray processes unchanged.
+"""
+
+
+class OrchestratorError(Exception):
+    """A failure the user can act on: the message says what was wrong, where, and what to do."""
+
+    exit_status = 1
+
+
+class RefusedError(OrchestratorError):
+    """The job was refused before any work was done."""
+
+    exit_status = 2
+
+
+class JobFileError(RefusedError):
+    """The job file or a `--set` override is not valid."""
+
+
+class DataError(RefusedError):
+    """The data set cannot be read, or nothing in it can be trained on."""
+
+
+class ModelError(RefusedError):
+    """The base model cannot be loaded, or its architecture is not supported."""
+
+
+class CheckpointError(OrchestratorError):
+    """A checkpoint cannot be written, or none that is left can be read."""
+
+
+class TrainingError(OrchestratorError):
+    """Training cannot go on: a loss that is not finite, or no step was trained."""
+
+
+class ProofError(OrchestratorError):
+    """The saved adapter does not reproduce the trained model."""
+
+
+class InterruptedRunError(OrchestratorError):
+    """The user stopped the run; a checkpoint was written and the same command goes on."""
+
+    exit_status = 130

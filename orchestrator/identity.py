@@ -1,0 +1,44 @@
+"""Whether a run's folder belongs to the job at hand. Pure comparison of job files."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from orchestrator.config import JobConfig
+
+# What may change between two commands over one run without changing what was trained so far.
+_FREE = (
+    "output_dir",
+    "training.tokens_per_pass",
+    "training.gradient_checkpointing",
+    "training.max_steps",
+    "training.epochs",
+    "evaluation.",
+    "checkpoint.",
+    "cluster.",
+    "tracking.",
+    "sweep",
+)
+
+
+def changed_keys(before: JobConfig, now: JobConfig) -> list[tuple[str, Any, Any]]:
+    """Keys on which the two jobs would train differently, with both values.
+
+    The number of steps may grow only where it does not bend the learning rate's schedule.
+    """
+    old, new = dict(_flat(before.model_dump())), dict(_flat(now.model_dump()))
+    free = _FREE
+    if now.training.scheduler != "constant":
+        free = tuple(key for key in _FREE if key not in ("training.max_steps", "training.epochs"))
+    return [
+        (key, old.get(key), new.get(key))
+        for key in sorted({*old, *new})
+        if old.get(key) != new.get(key) and not key.startswith(free)
+    ]
+
+
+def _flat(mapping: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in mapping.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

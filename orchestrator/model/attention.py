@@ -1,0 +1,232 @@
+"""Attention of packed rows: every segment (one example) attends within itself only.
+
+Registered with transformers under `SEGMENTED`; the model then builds no mask at all and hands the
+keyword `segment_lengths` of its forward pass down to the attention function.
+"""
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from orchestrator.errors import ModelError
+
+SEGMENTED = "orchestrator_segmented"
+# Up to this length the probabilities are kept for the backward pass: on a CPU that is 3 to 5 times
+# faster than torch's flash kernel. Longer segments would pay for it in memory.
+DENSE_LIMIT = 512
+
+
+def register() -> None:
+    """Make `SEGMENTED` known to transformers as an attention implementation."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(SEGMENTED, segmented_attention)
+
+
+def segmented_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    segment_lengths: tuple[int, ...] | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each segment of one packed row.
+
+    Args:
+        module: the attention layer, for error messages.
+        query: (1, heads, tokens, head_dim).
+        key: (1, key_value_heads, tokens, head_dim).
+        value: (1, key_value_heads, tokens, value_dim).
+        attention_mask: ignored; segments say all there is to say.
+        scaling: factor on the scores; 1/sqrt(head_dim) when None.
+        sliding_window: a token sees this many tokens, itself included.
+        softcap: scores become softcap * tanh(scores / softcap).
+        segment_lengths: tokens of each segment, summing to the row's; one segment when None.
+        options: what else the model passes; sinks and position biases are refused.
+
+    Returns:
+        Output of shape (1, tokens, heads, value_dim), and None for the weights.
+
+    Raises:
+        ModelError: the model asks for a form of attention that is not built here.
+    """
+    lengths = segment_lengths or (query.shape[2],)
+    for name in ("s_aux", "position_bias"):
+        if options.get(name) is not None:
+            raise ModelError(f"{type(module).__name__} uses {name} in its attention; not supported")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    longest = max(lengths)
+    window = None if sliding_window is None or sliding_window >= longest else sliding_window
+    if softcap is not None or (window is not None and not _has_varlen(query)):
+        out = _masked(query, key, value, lengths, scale, window, softcap)
+    elif _has_varlen(query):
+        out = _varlen(query, key, value, lengths, scale, window)
+    elif query.device.type == "cpu" and longest <= DENSE_LIMIT:
+        out = _DenseSegments.apply(query[0], key[0], value[0], lengths, scale)[None]
+    else:
+        out = _by_segment(query, key, value, lengths, scale)
+    return out, None
+
+
+def _by_segment(
+    query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float
+) -> Tensor:
+    gqa = query.shape[1] != key.shape[1]
+    parts = [
+        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
+        for q, k, v in _split(query, key, value, lengths)
+    ]
+    return torch.cat(parts, dim=2).transpose(1, 2)
+
+
+def _masked(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: tuple[int, ...],
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """Attention spelled out, for soft-capped scores and for windows shorter than a segment."""
+    repeat = query.shape[1] // key.shape[1]
+    outputs = []
+    for q, k, v in _split(query, key, value, lengths):
+        k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
+        scores = (q @ k.transpose(2, 3)).float() * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        length = q.shape[2]
+        position = torch.arange(length, device=q.device)
+        distance = position[:, None] - position[None, :]
+        hidden = (distance < 0) if window is None else (distance < 0) | (distance >= window)
+        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1).to(q.dtype)
+        outputs.append(weights @ v)
+    return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+def _split(
+    query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...]
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    sizes = list(lengths)
+    return zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True)
+
+
+def _has_varlen(query: Tensor) -> bool:
+    """Whether torch's variable-length flash attention takes this tensor."""
+    return (
+        query.is_cuda
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and query.shape[-1] <= 256
+        and query.shape[-1] % 8 == 0
+        and _varlen_device(query.device.index)
+    )
+
+
+@lru_cache
+def _varlen_device(index: int) -> bool:
+    from importlib.util import find_spec
+
+    known = find_spec("torch.nn.attention.varlen") is not None
+    return known and torch.cuda.get_device_capability(index) >= (8, 0)
+
+
+def _varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: tuple[int, ...],
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    bounds = _bounds(lengths, query.device)
+    longest = max(lengths)
+    out = varlen_attn(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        bounds,
+        bounds,
+        longest,
+        longest,
+        scale=scale,
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return out[None]
+
+
+@lru_cache(maxsize=8)
+def _bounds(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    ends = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    return ends.to(device)
+
+
+@lru_cache(maxsize=2)
+def _future(device: torch.device) -> Tensor:
+    """(DENSE_LIMIT, DENSE_LIMIT) float32: -inf above the diagonal, 0 elsewhere."""
+    full = torch.full((DENSE_LIMIT, DENSE_LIMIT), float("-inf"), device=device)
+    return full.triu(1)
+
+
+class _DenseSegments(torch.autograd.Function):
+    """Softmax attention segment by segment with the probabilities kept for the backward pass.
+
+    Shapes: query (heads, tokens, d), key and value (key_value_heads, tokens, d); the output is
+    (tokens, heads, d). Query heads that share a key head are one batch of its matrix products.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float
+    ) -> Tensor:
+        heads, tokens, _ = query.shape
+        groups = key.shape[0]
+        output = query.new_empty(tokens, heads, value.shape[-1])
+        kept, start = [], 0
+        for length in lengths:
+            part = slice(start, start + length)
+            q = query[:, part].reshape(groups, -1, query.shape[-1])
+            k, v = key[:, part], value[:, part]
+            scores = torch.bmm(q, k.transpose(1, 2)).view(heads, length, length).float()
+            scores.mul_(scale).add_(_future(query.device)[:length, :length])
+            weights = torch.softmax(scores, -1).to(query.dtype).view(groups, -1, length)
+            output[part] = torch.bmm(weights, v).view(heads, length, -1).transpose(0, 1)
+            kept.append(weights)
+            start += length
+        ctx.save_for_backward(query, key, value, *kept)
+        ctx.lengths, ctx.scale = lengths, scale
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        query, key, value, *kept = ctx.saved_tensors
+        heads, groups = query.shape[0], key.shape[0]
+        grad_query, grad_key, grad_value = (torch.empty_like(t) for t in (query, key, value))
+        start = 0
+        for length, weights in zip(ctx.lengths, kept, strict=True):
+            part = slice(start, start + length)
+            q = query[:, part].reshape(groups, -1, query.shape[-1])
+            k, v = key[:, part], value[:, part]
+            g = grad[part].transpose(0, 1).reshape(groups, -1, value.shape[-1])
+            grad_value[:, part] = torch.bmm(weights.transpose(1, 2), g)
+            grad_weights = torch.bmm(g, v.transpose(1, 2)).float()
+            grad_scores = torch._softmax_backward_data(
+                grad_weights, weights.float(), -1, torch.float32
+            )
+            grad_scores = grad_scores.mul_(ctx.scale).to(query.dtype)
+            grad_query[:, part] = torch.bmm(grad_scores, k).view(heads, length, -1)
+            grad_key[:, part] = torch.bmm(grad_scores.transpose(1, 2), q)
+            start += length
+        return grad_query, grad_key, grad_value, None, None

@@ -1,0 +1,38 @@
+"""The device a process trains on and the dtype it computes in."""
+
+import torch
+
+from orchestrator.errors import RefusedError
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def training_device(local_rank: int = 0) -> torch.device:
+    """The GPU of this process, or the CPU where torch sees no CUDA device."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", local_rank)
+    return torch.device("cpu")
+
+
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of the matrix products; `auto` takes bfloat16 where the device has it.
+
+    Raises:
+        RefusedError: float16 on a CPU, which has no use for it.
+    """
+    if name == "auto":
+        if _has_bfloat16(device):
+            return torch.bfloat16
+        return torch.float16 if device.type == "cuda" else torch.float32
+    if name == "float16" and device.type == "cpu":
+        raise RefusedError(
+            "quantization.compute_dtype: float16 needs a GPU; take bfloat16, float32 or auto"
+        )
+    return _DTYPES[name]
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

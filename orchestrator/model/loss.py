@@ -1,0 +1,109 @@
+"""Cross entropy at the targets only, in chunks.
+
+The output head is frozen, so the gradient of the hidden states is computed in the forward pass,
+chunk by chunk, and the logits of a whole row never exist.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Bytes of float32 logits that may exist at a time.
+LOGITS_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Head:
+    """The frozen output head: weight (vocabulary, hidden), bias (vocabulary,) or None.
+
+    softcap: logits become softcap * tanh(logits / softcap), as in Gemma 2.
+    scale: factor on the logits, as in Cohere and Granite.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    softcap: float | None = None
+    scale: float = 1.0
+
+    def chunk(self) -> int:
+        """Tokens whose logits are computed together."""
+        return max(16, LOGITS_BYTES // (4 * self.weight.shape[0]))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Float32 (tokens, vocabulary) for hidden states of (tokens, hidden)."""
+        logits = hidden @ self.weight.t()
+        if self.bias is not None:
+            logits += self.bias
+        scores = logits.float()
+        if self.scale != 1.0:
+            scores = scores * self.scale
+        if self.softcap is not None:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
+        return scores
+
+
+def token_losses(
+    hidden: Tensor, head: Head, targets: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Cross entropy of each target token.
+
+    Args:
+        hidden: (targets, hidden) states from which the targets are predicted.
+        head: the output head.
+        targets: (targets,) int64 token ids.
+        weights: (targets,) float32 factor of each token's loss in the sum that is differentiated.
+
+    Returns:
+        The weighted sum (a scalar that can be differentiated), and the losses, float32 (targets,).
+    """
+    return _ChunkedCrossEntropy.apply(hidden, head, targets, weights)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, hidden: Tensor, head: Head, targets: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        needs_grad = ctx.needs_input_grad[0]
+        losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        grad = torch.empty_like(hidden) if needs_grad else None
+        size = head.chunk()
+        for start in range(0, len(targets), size):
+            part = slice(start, start + size)
+            losses[part], grad_part = _chunk(
+                hidden[part], head, targets[part], weights[part] if needs_grad else None
+            )
+            if grad is not None:
+                grad[part] = grad_part
+        ctx.save_for_backward(grad)
+        ctx.mark_non_differentiable(losses)
+        return (losses * weights).sum(), losses
+
+    @staticmethod
+    def backward(ctx: Any, grad_sum: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (grad,) = ctx.saved_tensors
+        return (None if grad is None else grad * grad_sum.to(grad.dtype)), None, None, None
+
+
+def _chunk(
+    hidden: Tensor, head: Head, targets: Tensor, weights: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    scores = head.logits(hidden)
+    index = targets[:, None]
+    chosen = scores.gather(1, index).squeeze(1)
+    if weights is None:
+        return torch.logsumexp(scores, 1) - chosen, None
+    # The largest probability is never tiny, so the normalizer is exact where it is read.
+    best = scores.argmax(1, keepdim=True)
+    best_score = scores.gather(1, best).squeeze(1)
+    probabilities = torch.softmax(scores, 1)
+    normalizer = best_score - probabilities.gather(1, best).squeeze(1).log()
+    grad = probabilities.scatter_add_(1, index, torch.full_like(chosen, -1)[:, None])
+    grad.mul_(weights[:, None])
+    if head.softcap is not None:
+        grad.mul_(1 - (scores / head.softcap).square())
+    if head.scale != 1.0:
+        grad.mul_(head.scale)
+    return normalizer - chosen, grad.to(hidden.dtype) @ head.weight

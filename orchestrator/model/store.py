@@ -1,0 +1,156 @@
+"""The base store: a model is quantized once, and every later load reads the 4-bit file.
+
+An entry is a folder in the Hugging Face layout named by its content address. It is written
+beside and renamed under a lock, so that several processes at once make it once.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import torch
+from filelock import FileLock
+
+from orchestrator.config import QuantizationConfig
+from orchestrator.errors import ModelError
+from orchestrator.model.base import ENTRY, from_pretrained, load_tokenizer
+from orchestrator.model.source import ModelSource, settings_key
+from orchestrator.model.support import check_architecture
+
+_LOCK_SECONDS = 4 * 3600
+
+
+def entry_key(
+    source: ModelSource, quantization: QuantizationConfig, dtype: torch.dtype
+) -> str:
+    """The content address of a base: weights, quantization settings, library versions."""
+    return settings_key(
+        {
+            "identity": source.identity,
+            "type": quantization.type,
+            "double_quant": quantization.double_quant,
+            "dtype": str(dtype),
+            "transformers": version("transformers"),
+            "bitsandbytes": version("bitsandbytes"),
+        }
+    )
+
+
+def ensure(
+    source: ModelSource,
+    quantization: QuantizationConfig,
+    dtype: torch.dtype,
+    store: Path,
+    say: Callable[[str], None],
+) -> Path:
+    """The store's folder of this base, quantized now if no process has done so before.
+
+    Raises:
+        ModelError: the model cannot be read, or its architecture is not supported.
+    """
+    entry = store / entry_key(source, quantization, dtype)
+    if _complete(entry):
+        return entry
+    store.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{entry}.lock", timeout=_LOCK_SECONDS):
+        if not _complete(entry):
+            shutil.rmtree(entry, ignore_errors=True)
+            say(f"Quantizing {source.name} to {quantization.type} (once; kept in {store})")
+            _build(source, quantization, dtype, entry)
+    return entry
+
+
+def tokenizer(
+    source: ModelSource, quantization: QuantizationConfig, dtype: torch.dtype, store: Path
+) -> Any:
+    """The model's tokenizer: from its store entry where there is one, else from its source.
+
+    Raises:
+        ModelError: the model brings no tokenizer that can be read.
+    """
+    entry = store / entry_key(source, quantization, dtype)
+    if _complete(entry):
+        return load_tokenizer(entry, trust_remote_code=source.trust_remote_code)
+    try:
+        return load_tokenizer(source.folder, source.gguf_file, source.trust_remote_code)
+    except (ValueError, OSError, KeyError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ModelError(f"model.base: {source.name} has no usable tokenizer: {first}") from error
+
+
+def _complete(entry: Path) -> bool:
+    """Whether an entry holds every file it was written with, whole."""
+    try:
+        sizes = json.loads((entry / ENTRY).read_text())["files"]
+        return all((entry / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _build(
+    source: ModelSource, quantization: QuantizationConfig, dtype: torch.dtype, entry: Path
+) -> None:
+    beside = Path(mkdtemp(prefix=f".{entry.name}-", dir=entry.parent))
+    try:
+        _quantize(source, quantization, dtype, beside)
+        sizes = {p.name: p.stat().st_size for p in beside.iterdir() if p.is_file()}
+        record = {"files": sizes, "dtype": str(dtype).removeprefix("torch."), "name": source.name}
+        (beside / ENTRY).write_text(json.dumps(record, indent=1))
+        beside.replace(entry)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _quantize(
+    source: ModelSource, quantization: QuantizationConfig, dtype: torch.dtype, folder: Path
+) -> None:
+    # Quantized where it trains: bitsandbytes quantizes on a GPU many times faster.
+    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+    trust = source.trust_remote_code
+    origin = source.folder
+    if source.gguf_file is not None:
+        origin = folder / "dense"
+        _dequantize_gguf(source, dtype, origin)
+    settings = None if quantization.type == "none" else _bnb_config(quantization, dtype)
+    model = from_pretrained(origin, device, dtype, settings, trust)
+    tokenizer = load_tokenizer(origin, trust_remote_code=trust)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if trust:
+        for code in source.folder.glob("*.py"):
+            shutil.copy(code, folder / code.name)
+    check_architecture(model)
+    del model
+    shutil.rmtree(folder / "dense", ignore_errors=True)
+
+
+def _dequantize_gguf(source: ModelSource, dtype: torch.dtype, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source.folder,
+            gguf_file=source.gguf_file,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=dtype,
+        )
+        tokenizer = load_tokenizer(source.folder, source.gguf_file)
+    except (ValueError, OSError, KeyError) as error:
+        raise ModelError(f"model.base: {source.name} cannot be read as GGUF: {error}") from error
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _bnb_config(quantization: QuantizationConfig, dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization.type,
+        bnb_4bit_use_double_quant=quantization.double_quant,
+        bnb_4bit_compute_dtype=dtype,
+    )

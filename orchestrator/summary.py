@@ -1,0 +1,56 @@
+"""What a finished fine-tune tells the user at its end."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from orchestrator.config import JobConfig
+
+
+def show(job: JobConfig, results: dict[str, Any], console: Console) -> None:
+    """Eval loss and answers before and after, where the adapter lies, how to open the UI."""
+    _show_samples(job.run_dir / "samples.jsonl", console)
+    before, after = results.get("initial_eval_loss"), results.get("eval_loss")
+    if before is not None and after is not None:
+        console.print(f"Eval loss    {before:.4f} before, {after:.4f} after")
+    rate = results.get("tokens_per_second")
+    if rate:
+        memory = results["peak_memory_bytes"] / 2**30
+        console.print(
+            f"Trained      {results['steps']} steps, {results['tokens']:,} tokens, "
+            f"{rate:.0f} tokens/s, {memory:.1f} GiB at the peak, {results['restarts']} restarts"
+        )
+    console.print(f"Adapter      {results['adapter']}", soft_wrap=True, markup=False)
+    if results.get("model_version"):
+        console.print(
+            f"Registered   {job.tracking.registered_model}, version {results['model_version']}"
+        )
+    console.print("MLflow UI    orchestrator ui JOB.yaml", markup=False)
+
+
+def _show_samples(path: Path, console: Console) -> None:
+    if not path.exists():
+        return
+    answers: dict[int, dict[str, Any]] = {}
+    for line in path.read_text().splitlines():
+        sample = json.loads(line)
+        answers.setdefault(sample["index"], sample)[sample["when"]] = sample["answer"]
+    if not answers:
+        return
+    table = Table(title="Answers to held-out prompts", show_lines=True, expand=False)
+    for heading in ("prompt", "before", "after", "reference"):
+        table.add_column(heading, overflow="fold", max_width=40)
+    for _, sample in sorted(answers.items()):
+        cells = (sample["prompt"], sample.get("before"), sample.get("after"), sample["reference"])
+        table.add_row(*(_short(cell) for cell in cells))
+    console.print(table, markup=False)
+
+
+def _short(text: str | None) -> str:
+    from rich.markup import escape
+
+    flat = " ".join((text or "").split())
+    return escape(flat if len(flat) <= 160 else f"{flat[:78]} ... {flat[-78:]}")

@@ -1,0 +1,50 @@
+"""The loop's observer: events go to the journal, the wish to stop comes from a file."""
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from orchestrator.places import journal_path, stop_path
+from orchestrator.tracking.journal import Journal
+from orchestrator.tracking.secrets import redact
+
+
+class JournalObserver:
+    """Writes a run's journal; one process of a run holds it. A context manager."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._journal = Journal(journal_path(run_dir), redact)
+        self._stop = stop_path(run_dir)
+
+    def emit(self, event: str, **fields: Any) -> None:
+        """Append one event."""
+        self._journal.append(event, **fields)
+
+    def stop_requested(self) -> bool:
+        """Whether someone asked the run to end."""
+        return self._stop.exists()
+
+    def __enter__(self) -> "JournalObserver":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._journal.close()
+
+
+class StopOnly:
+    """For the workers that do not lead: they say nothing, but stop with the others."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._stop = stop_path(run_dir)
+
+    def emit(self, event: str, **fields: Any) -> None:
+        """Nothing: the leading worker tells."""
+
+    def stop_requested(self) -> bool:
+        """Whether someone asked the run to end."""
+        return self._stop.exists()

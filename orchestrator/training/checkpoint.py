@@ -1,0 +1,107 @@
+"""Checkpoints: written beside and renamed, checked when read, the newest whole one is used.
+
+A checkpoint is a folder `step-00000050` of safetensors and one json with their SHA-256 digests.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from orchestrator.errors import CheckpointError
+
+_STATE = "state.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint in memory: tensors by file name (without suffix), and the json's state."""
+
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+
+
+def write(folder: Path, checkpoint: Checkpoint) -> Path:
+    """Write a checkpoint under `folder`; it is there whole or not at all.
+
+    Raises:
+        CheckpointError: the storage refuses it (full, read-only, gone).
+    """
+    target = folder / f"step-{checkpoint.step:08d}"
+    beside = folder / f".{target.name}.{os.getpid()}"
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        digests = {}
+        for name, tensors in checkpoint.tensors.items():
+            file = beside / f"{name}.safetensors"
+            save_file(tensors, file)
+            digests[file.name] = _digest(file)
+            _sync(file)
+        content = {"step": checkpoint.step, "files": digests, "state": checkpoint.state}
+        (beside / _STATE).write_text(json.dumps(content, indent=1))
+        _sync(beside / _STATE)
+        # A damaged checkpoint of the same step makes room.
+        shutil.rmtree(target, ignore_errors=True)
+        beside.replace(target)
+        _sync(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise CheckpointError(
+            f"The checkpoint of step {checkpoint.step} cannot be written to {folder}: {error}. "
+            "Make room or give another output_dir, then run the same command again"
+        ) from error
+    return target
+
+
+def newest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint that is whole; damaged ones are named through `say` and passed over."""
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        try:
+            return _read(path)
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            say(f"Checkpoint {path} is damaged ({error}); an older one is used")
+    return None
+
+
+def prune(folder: Path, keep: int, best_step: int | None) -> None:
+    """Delete all but the `keep` newest checkpoints and the best one, and what kills left behind."""
+    paths = sorted(folder.glob("step-*"), reverse=True)
+    best = None if best_step is None else folder / f"step-{best_step:08d}"
+    for path in paths[keep:]:
+        if path != best:
+            shutil.rmtree(path, ignore_errors=True)
+    for leftover in folder.glob(".step-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _read(path: Path) -> Checkpoint:
+    content = json.loads((path / _STATE).read_text())
+    tensors = {}
+    for name, digest in content["files"].items():
+        if _digest(path / name) != digest:
+            raise ValueError(f"{name} is not what was written")
+        tensors[name.removesuffix(".safetensors")] = load_file(path / name)
+    return Checkpoint(content["step"], tensors, content["state"])
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,50 @@
+"""What a run has done so far, carried from checkpoint to checkpoint."""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Sums over the whole run, whatever died in it.
+
+    seconds: time spent in training steps. train_loss: the last step's.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    train_loss: float | None = None
+    initial_eval_loss: float | None = None
+    eval_loss: float | None = None
+    eval_step: int | None = None
+    best_eval_loss: float | None = None
+    best_step: int | None = None
+
+    def stepped(self, loss: float, tokens: int, seconds: float) -> "Progress":
+        """After one more optimizer step."""
+        return replace(
+            self,
+            step=self.step + 1,
+            tokens=self.tokens + tokens,
+            seconds=self.seconds + seconds,
+            train_loss=loss,
+        )
+
+    def evaluated(self, loss: float) -> "Progress":
+        """After an evaluation at the present step."""
+        now = replace(self, eval_loss=loss, eval_step=self.step)
+        if self.step == 0:
+            now = replace(now, initial_eval_loss=loss)
+        if self.best_eval_loss is None or loss < self.best_eval_loss:
+            now = replace(now, best_eval_loss=loss, best_step=self.step)
+        return now
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Over training steps alone: evaluation, checkpoints and start-up are not in it."""
+        return self.tokens / self.seconds if self.seconds else None
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain json values."""
+        return asdict(self)

@@ -1,0 +1,95 @@
+"""A step's examples laid out in packed rows. Pure arithmetic on arrays."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from orchestrator.data import Example
+from orchestrator.data.batches import pack
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One example of one tenant; `key` names its place in training and decides its dropout."""
+
+    tenant: int
+    key: int
+    example: Example
+
+
+@dataclass(frozen=True)
+class Row:
+    """A packed row, ready to pass.
+
+    Shapes: tokens (tokens,) int64; positions, targets and owners (targets,) int64, where
+    positions point at the token before the target and owners at its tenant.
+    spans: (tenant, start, stop), one for each tenant in the row.
+    dropout_keys: (start, stop, key), one for each segment.
+    """
+
+    tokens: Tensor
+    lengths: tuple[int, ...]
+    positions: Tensor
+    targets: Tensor
+    owners: Tensor
+    spans: tuple[tuple[int, int, int], ...]
+    dropout_keys: tuple[tuple[int, int, int], ...]
+
+    def to(self, device: torch.device) -> "Row":
+        """The row with its tensors on a device."""
+        moved = (t.to(device) for t in (self.tokens, self.positions, self.targets, self.owners))
+        tokens, positions, targets, owners = moved
+        return Row(
+            tokens, self.lengths, positions, targets, owners, self.spans, self.dropout_keys
+        )
+
+
+def arrange(segments: Sequence[Segment], budget: int) -> list[list[Segment]]:
+    """Pack segments into rows of at most `budget` tokens; a row's tenants lie one after another."""
+    packed = pack([len(segment.example.ids) for segment in segments], budget)
+    rows = [[segments[index] for index in row] for row in packed]
+    return [sorted(row, key=lambda s: (s.tenant, s.key)) for row in rows]
+
+
+def build(segments: Sequence[Segment]) -> Row:
+    """Concatenate segments into one row."""
+    ids, positions, targets, owners = [], [], [], []
+    spans: list[tuple[int, int, int]] = []
+    keys, start = [], 0
+    for segment in segments:
+        example = segment.example
+        stop = start + len(example.ids)
+        chosen = _target_places(example)
+        ids.append(example.ids)
+        positions.append(chosen + (start - 1))
+        targets.append(example.ids[chosen])
+        owners.append(np.full(len(chosen), segment.tenant))
+        keys.append((start, stop, segment.key))
+        if spans and spans[-1][0] == segment.tenant:
+            spans[-1] = (segment.tenant, spans[-1][1], stop)
+        else:
+            spans.append((segment.tenant, start, stop))
+        start = stop
+    return Row(
+        _tensor(ids),
+        tuple(len(part) for part in ids),
+        _tensor(positions),
+        _tensor(targets),
+        _tensor(owners),
+        tuple(spans),
+        tuple(keys),
+    )
+
+
+def _target_places(example: Example) -> NDArray[np.int64]:
+    """Places of the tokens that are predicted; the first token has none before it."""
+    places = np.flatnonzero(example.trained)
+    return places[places > 0]
+
+
+def _tensor(parts: list[NDArray[np.generic]]) -> Tensor:
+    return torch.from_numpy(np.concatenate(parts).astype(np.int64))

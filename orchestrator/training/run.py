@@ -1,0 +1,332 @@
+"""One fine-tune from base to proven adapter: the same loop in one process and on every worker."""
+
+import gc
+import platform
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from orchestrator.config import JobConfig
+from orchestrator.data import EncodedDataset, PreparedData, prepare
+from orchestrator.data.batches import step_indices, total_steps
+from orchestrator.errors import DataError, InterruptedRunError, RefusedError, TrainingError
+from orchestrator.model import base as bases
+from orchestrator.model import device as devices
+from orchestrator.model import source, store
+from orchestrator.model.adapters import AdapterSet
+from orchestrator.training import budget, checkpoint, evaluation, export, memory, optimizers
+from orchestrator.training.checkpoint import Checkpoint
+from orchestrator.training.collective import World
+from orchestrator.training.engine import Engine
+from orchestrator.training.events import Observer
+from orchestrator.training.progress import Progress
+from orchestrator.training.rows import Segment
+from orchestrator.training.tenant import Tenant
+
+_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
+
+
+@dataclass
+class _Run:
+    """What the loop holds in its hands; only `progress` changes."""
+
+    job: JobConfig
+    folder: Path
+    entry: Path
+    data: PreparedData
+    tokenizer: Any
+    engine: Engine
+    tenant: Tenant
+    world: World
+    observer: Observer
+    total: int
+    progress: Progress = Progress()
+
+    @property
+    def identity(self) -> dict[str, str]:
+        return {"base": self.entry.name, "data": self.data.digest}
+
+
+def run(
+    job: JobConfig, folder: Path, cache_dir: Path, world: World, observer: Observer
+) -> dict[str, Any]:
+    """Fine-tune, or go on where the newest checkpoint in `folder` ends.
+
+    Args:
+        job: the resolved job.
+        folder: the run's folder; checkpoints and adapter lie in it.
+        cache_dir: where quantized bases and tokenized data are kept.
+        world: this process among the workers.
+        observer: hears every event, and says when to stop.
+
+    Returns:
+        The results of the run, as in the command's `--json` object.
+
+    Raises:
+        RefusedError: the model, the data or the settings cannot be trained.
+        TrainingError: the loss is not finite.
+        InterruptedRunError: the observer asked to stop; a checkpoint was written.
+        ProofError: the saved adapter is not what was trained.
+    """
+    memory.keep_freed_memory()
+    device = devices.training_device(world.local_rank)
+    memory.reset_peak(device)
+    state = _open(job, folder, cache_dir, device, world, observer)
+    _resume(state)
+    _emit_start(state, device)
+    if state.progress.step == 0:
+        _evaluate(state)
+        _sample(state, "before")
+    _train(state)
+    if state.progress.eval_step != state.progress.step:
+        _evaluate(state)
+    _sample(state, "after")
+    return _finish(state, device)
+
+
+def _open(
+    job: JobConfig,
+    folder: Path,
+    cache_dir: Path,
+    device: torch.device,
+    world: World,
+    observer: Observer,
+) -> _Run:
+    dtype = devices.compute_dtype(job.quantization.compute_dtype, device)
+    optimizers.resolve(job.training.optimizer, device)
+    say = _teller(observer)
+    origin = source.locate(job.model, cache_dir)
+    bases_dir = cache_dir / "bases"
+    # The data is read before the base is quantized: a bad row is found in seconds, not hours.
+    tokenizer = store.tokenizer(origin, job.quantization, dtype, bases_dir)
+    data = prepare(job.data, tokenizer, cache_dir / "data")
+    observer.emit("data", summary=data.summary())
+    entry = store.ensure(origin, job.quantization, dtype, bases_dir, say)
+    base = bases.load(entry, device, job.model.trust_remote_code)
+    _check_lengths(data, base)
+    adapters = AdapterSet(base.model)
+    adapter = adapters.add(job.lora, job.training.seed)
+    chosen = budget.choose(job.training, base.model, device)
+    budget.apply(chosen, base.model)
+    training = job.training
+    total = total_steps(len(data.train), training.batch_size, training.epochs, training.max_steps)
+    return _Run(
+        job=job,
+        folder=folder,
+        entry=entry,
+        data=data,
+        tokenizer=tokenizer,
+        engine=Engine(base, adapters, world, chosen.tokens),
+        tenant=Tenant(adapter, training, total),
+        world=world,
+        observer=observer,
+        total=total,
+    )
+
+
+def _resume(state: _Run) -> None:
+    found = checkpoint.newest(state.folder / "checkpoints", _teller(state.observer))
+    if found is None:
+        return
+    if found.state["identity"] != state.identity:
+        raise RefusedError(
+            f"{state.folder} holds a run of another base or other data (its content changed). "
+            "Give the job another name, or delete that folder"
+        )
+    state.tenant.adapter.load_state(found.tensors["adapter"])
+    state.tenant.restore(found.tensors["optimizer"], found.state["numbers"])
+    state.progress = Progress(**found.state["progress"])
+
+
+def _train(state: _Run) -> None:
+    evaluation_every, checkpoint_every = state.job.evaluation.every, state.job.checkpoint.every
+    while state.progress.step < state.total:
+        step = state.progress.step + 1
+        _step(state, step)
+        if step % evaluation_every == 0 or step == state.total:
+            _evaluate(state)
+        stop = state.world.any(state.observer.stop_requested())
+        best = state.progress.best_step == step
+        if stop or best or step % checkpoint_every == 0 or step == state.total:
+            _save(state)
+        if stop and step < state.total:
+            raise InterruptedRunError(
+                f"Stopped after step {step} of {state.total}; its checkpoint is in {state.folder}. "
+                "Run the same command again to go on"
+            )
+
+
+def _step(state: _Run, step: int) -> None:
+    """One optimizer step; everything around it is reporting."""
+    began = time.perf_counter()
+    training = state.job.training
+    dataset = state.data.train
+    indices = step_indices(len(dataset), training.batch_size, training.seed, step)
+    first_key = (step - 1) * training.batch_size
+    batch = [Segment(0, first_key + place, dataset[int(i)]) for place, i in enumerate(indices)]
+    (result,) = state.engine.step([state.tenant], [batch], step)
+    if result.update is None:
+        raise TrainingError(
+            f"The loss of step {step} is {result.loss}; nothing was changed by it. Lower "
+            "training.learning_rate (now "
+            f"{training.learning_rate}) or training.max_grad_norm, or look at the data of this "
+            f"step; the last checkpoint is in {state.folder}"
+        )
+    seconds = time.perf_counter() - began
+    state.progress = state.progress.stepped(result.loss, result.tokens, seconds)
+    state.observer.emit(
+        "step",
+        step=step,
+        loss=result.loss,
+        learning_rate=result.update.learning_rate,
+        gradient_norm=result.update.gradient_norm,
+        tokens=result.tokens,
+        target_tokens=result.target_tokens,
+        tokens_per_second=result.tokens / seconds,
+        seconds=seconds,
+        memory_bytes=memory.used_bytes(state.engine.base.device),
+    )
+
+
+def _evaluate(state: _Run) -> None:
+    if state.data.validation is None:
+        return
+    loss = evaluation.eval_loss(state.engine, state.tenant.adapter, state.data.validation)
+    state.progress = state.progress.evaluated(loss)
+    state.observer.emit(
+        "evaluation",
+        step=state.progress.step,
+        eval_loss=loss,
+        perplexity=float(torch.tensor(loss, dtype=torch.float64).exp()),
+    )
+
+
+def _sample(state: _Run, when: str) -> None:
+    count, dataset = state.job.evaluation.samples, state.data.validation
+    if not count or dataset is None or not state.world.leads:
+        return
+    for sample in evaluation.samples(
+        state.engine, state.tenant.adapter, dataset, count, state.tokenizer
+    ):
+        state.observer.emit("sample", when=when, step=state.progress.step, **vars(sample))
+
+
+def _save(state: _Run) -> None:
+    if not state.world.leads:
+        return
+    began = time.perf_counter()
+    folder = state.folder / "checkpoints"
+    path = checkpoint.write(
+        folder,
+        Checkpoint(
+            state.progress.step,
+            {
+                "adapter": state.tenant.adapter.state(),
+                "optimizer": state.tenant.optimizer_tensors(),
+            },
+            {
+                "progress": state.progress.to_json(),
+                "numbers": state.tenant.numbers(),
+                "identity": state.identity,
+            },
+        ),
+    )
+    checkpoint.prune(folder, state.job.checkpoint.keep, state.progress.best_step)
+    state.observer.emit(
+        "checkpoint",
+        step=state.progress.step,
+        path=str(path),
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _finish(state: _Run, device: torch.device) -> dict[str, Any]:
+    """Save the adapter, free the trained model, prove the adapter over a fresh base."""
+    progress, adapter_dir = state.progress, state.folder / "adapter"
+    if progress.step == 0:
+        raise TrainingError("No step was trained, so there is no adapter")
+    results = {
+        "steps": progress.step,
+        "tokens": progress.tokens,
+        "initial_eval_loss": progress.initial_eval_loss,
+        "eval_loss": progress.eval_loss,
+        "train_loss": progress.train_loss,
+        "tokens_per_second": progress.tokens_per_second,
+        "peak_memory_bytes": memory.peak_bytes(device),
+        "workers": state.world.size,
+        "adapter": str(adapter_dir),
+    }
+    if not state.world.leads:
+        return results
+    base, adapter = state.engine.base, state.tenant.adapter
+    export.save_adapter(adapter, base, state.job.model.base, adapter_dir)
+    example = _shortest(state.data.validation or state.data.train)
+    ids, logits = export.proof_logits(base, state.engine.adapters, adapter, example)
+    dtype, entry, observer = base.dtype, state.entry, state.observer
+    del base, adapter
+    # On a GPU that holds one base, the trained one must go before a fresh one is loaded.
+    state.__dict__.pop("engine")
+    state.__dict__.pop("tenant")
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    proof = export.prove_adapter(adapter_dir, entry, device, dtype, ids, logits)
+    observer.emit(
+        "adapter",
+        step=progress.step,
+        path=str(adapter_dir),
+        eval_loss=progress.eval_loss,
+        proof=proof,
+    )
+    return results
+
+
+def _shortest(dataset: EncodedDataset) -> Any:
+    """A short example of the first few, to prove the adapter with."""
+    examples = [dataset[index] for index in range(min(8, len(dataset)))]
+    return min(examples, key=lambda example: len(example.ids))
+
+
+def _check_lengths(data: PreparedData, base: bases.Base) -> None:
+    limit = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
+    sets = [data.train] if data.validation is None else [data.train, data.validation]
+    longest = max(int(dataset.lengths.max()) for dataset in sets)
+    if limit is not None and longest > limit:
+        raise DataError(
+            f"data.max_length: an example has {longest} tokens, the model takes {limit}. "
+            f"Set data.max_length to {limit} or less"
+        )
+
+
+def _emit_start(state: _Run, device: torch.device) -> None:
+    data = state.data
+    state.observer.emit(
+        "start",
+        resumed_from=state.progress.step,
+        total_steps=state.total,
+        workers=state.world.size,
+        device=str(device),
+        base={"name": state.job.model.base, "hash": state.entry.name},
+        dataset={
+            "name": str(state.job.data.train),
+            "digest": data.digest,
+            "train_examples": len(data.train),
+            "validation_examples": 0 if data.validation is None else len(data.validation),
+        },
+        environment={
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            **{name: version(name) for name in _PACKAGES},
+        },
+        trainable_parameters=state.tenant.adapter.master.numel(),
+        tokens_per_pass=state.engine.tokens_per_pass,
+        gradient_checkpointing=bool(state.engine.base.model.is_activation_checkpointing),
+    )
+
+
+def _teller(observer: Observer) -> Any:
+    return lambda message: observer.emit("warning", message=message)

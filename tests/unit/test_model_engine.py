@@ -1,0 +1,182 @@
+"""The engine's promises on a tiny model in float32: nothing about the cut shows in the result."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from orchestrator.config import LoraConfig, TrainingConfig
+from orchestrator.data import Example
+from orchestrator.model.adapters import AdapterSet
+from orchestrator.model.base import Base
+from orchestrator.model.loss import Head, token_losses
+from orchestrator.training import budget as budgets
+from orchestrator.training.collective import World
+from orchestrator.training.engine import Engine
+from orchestrator.training.rows import Segment, build
+from orchestrator.training.tenant import Tenant
+from tests import tiny
+
+LENGTHS = [[37, 5, 64, 12], [20, 41, 9, 33], [50, 8, 8, 60], [3, 17, 29, 44]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_model(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture
+def base(folder: Path) -> Base:
+    return tiny.load_base(folder)
+
+
+def _batches(seed: int = 0) -> list[list[Example]]:
+    return [tiny.examples(lengths, seed + step) for step, lengths in enumerate(LENGTHS)]
+
+
+def _losses(history: list) -> list[list[float]]:
+    return [[result.loss for result in tenant] for tenant in history]
+
+
+TRAINING = TrainingConfig(learning_rate=5e-3)
+# Adam scales a gradient that is nearly zero, and its rounding, up to a whole step of 5e-3.
+ADAM_NOISE = 2e-4
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_token_budget_changes_nothing(base: Base, dropout: float) -> None:
+    lora = LoraConfig(rank=4, dropout=dropout)
+    adapters = AdapterSet(base.model)
+    runs = [
+        tiny.train(base, [(lora, TRAINING)], [_batches()], tokens, adapters)
+        for tokens in (16, 64, 4096)
+    ]
+    for history, tenants in runs[1:]:
+        np.testing.assert_allclose(_losses(history), _losses(runs[0][0]), rtol=1e-5)
+        torch.testing.assert_close(
+            tenants[0].adapter.master, runs[0][1][0].adapter.master, rtol=2e-3, atol=ADAM_NOISE
+        )
+
+
+def test_dropout_drops(base: Base) -> None:
+    adapters = AdapterSet(base.model)
+    with_it, _ = tiny.train(
+        base, [(LoraConfig(rank=4, dropout=0.5), TRAINING)], [_batches()], 4096, adapters
+    )
+    without, _ = tiny.train(base, [(LoraConfig(rank=4), TRAINING)], [_batches()], 4096, adapters)
+    # The first loss is that of the base: B is still zero.
+    assert _losses(with_it)[0][0] == pytest.approx(_losses(without)[0][0], rel=1e-6)
+    assert abs(_losses(with_it)[0][-1] - _losses(without)[0][-1]) > 1e-4
+
+
+def test_fused_tenants_equal_solo_runs(base: Base) -> None:
+    jobs = [
+        (LoraConfig(rank=4, alpha=8), TrainingConfig(learning_rate=5e-3, seed=1)),
+        (
+            LoraConfig(rank=16, alpha=16, dropout=0.2, rslora=True),
+            TrainingConfig(learning_rate=1e-3, seed=2, scheduler="cosine", weight_decay=0.1),
+        ),
+        (
+            LoraConfig(rank=8, target_modules=("q_proj", "down_proj")),
+            TrainingConfig(learning_rate=2e-2, seed=3, max_grad_norm=None, warmup_steps=2),
+        ),
+    ]
+    batches = [_batches(seed * 10) for seed in range(len(jobs))]
+    adapters = AdapterSet(base.model)
+    fused, together = tiny.train(base, jobs, batches, 90, adapters)
+    for place, (job, own) in enumerate(zip(jobs, batches, strict=True)):
+        solo, alone = tiny.train(base, [job], [own], 4096, adapters)
+        np.testing.assert_allclose(_losses(fused)[place], _losses(solo)[0], rtol=2e-5)
+        torch.testing.assert_close(
+            together[place].adapter.master, alone[0].adapter.master, rtol=2e-3, atol=ADAM_NOISE
+        )
+
+
+def test_gradient_checkpointing_changes_nothing(base: Base) -> None:
+    lora = LoraConfig(rank=4, dropout=0.2)
+    adapters = AdapterSet(base.model)
+    plain, _ = tiny.train(base, [(lora, TRAINING)], [_batches()], 64, adapters)
+    budgets.apply(budgets.Budget(64, True), base.model)
+    again, _ = tiny.train(base, [(lora, TRAINING)], [_batches()], 64, adapters)
+    assert base.model.is_activation_checkpointing
+    np.testing.assert_allclose(_losses(again), _losses(plain), rtol=1e-6)
+
+
+def test_evaluating_first_leaves_gradients_for_every_adapter(folder: Path) -> None:
+    # bitsandbytes repacks 4-bit weights in the first pass without gradients on some CPUs.
+    base = tiny.load_base(folder, torch.bfloat16)
+    adapters = AdapterSet(base.model)
+    adapter = adapters.add(LoraConfig(rank=4), 0)
+    engine = Engine(base, adapters, World(), 4096)
+    segments = [Segment(0, i, e) for i, e in enumerate(tiny.examples([20, 30]))]
+    base.model.eval()
+    before = engine.evaluate(adapter, segments)[0]
+    with adapters.active([(adapter, 0, -1)]), base.unpacked(), torch.no_grad():
+        base.model(input_ids=torch.arange(8)[None])
+    tenant = Tenant(adapter, TrainingConfig(learning_rate=1e-2), 10)
+    for step in (1, 2):
+        engine.step([tenant], [segments], step)
+    for name in adapter.layer_names:
+        slot = adapter.slot(name)
+        assert slot.b.abs().sum() > 0, f"{name} has learned nothing"
+    assert engine.evaluate(adapter, segments)[0] < before
+
+
+def test_tokens_that_are_not_trained_have_no_loss(base: Base) -> None:
+    """Gradients of prompt tokens are zero: changing the targets there changes nothing."""
+    example = tiny.examples([24])[0]
+    row = build([Segment(0, 0, example)])
+    trained = np.flatnonzero(example.trained)
+    assert row.positions.tolist() == (trained - 1).tolist()
+    assert row.targets.tolist() == example.ids[trained].tolist()
+    hidden = torch.randn(24, 64, requires_grad=True)
+    weights = torch.full((len(row.targets),), 1.0)
+    total, _ = token_losses(
+        hidden.index_select(0, row.positions), base.head, row.targets, weights
+    )
+    total.backward()
+    rows_with_gradient = set(hidden.grad.abs().sum(1).nonzero().flatten().tolist())
+    assert rows_with_gradient == set((trained - 1).tolist())
+
+
+def test_infinite_loss_stops_that_tenant_only(base: Base) -> None:
+    adapters = AdapterSet(base.model)
+    bad = Tenant(adapters.add(LoraConfig(rank=4), 0), TRAINING, 5)
+    good = Tenant(adapters.add(LoraConfig(rank=4), 1), TRAINING, 5)
+    with torch.no_grad():
+        bad.adapter.master.fill_(float("nan"))
+    bad.adapter.publish()
+    engine = Engine(base, adapters, World(), 4096)
+    own = tiny.examples([20, 30])
+    batches = [[Segment(place, i, e) for i, e in enumerate(own)] for place in (0, 1)]
+    failed, went_on = engine.step([bad, good], batches, 1)
+    assert failed.update is None and math.isnan(failed.loss)
+    assert went_on.update is not None and math.isfinite(went_on.loss)
+    solo = Tenant(adapters.add(LoraConfig(rank=4), 1), TRAINING, 5)
+    (alone,) = engine.step([solo], [[Segment(0, i, e) for i, e in enumerate(own)]], 1)
+    assert went_on.loss == pytest.approx(alone.loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_chunked_loss_equals_torch(
+    softcap: float | None, bias: bool, scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestrator.model.loss.LOGITS_BYTES", 4 * 300 * 20)
+    torch.manual_seed(0)
+    hidden = torch.randn(50, 16, requires_grad=True)
+    head = Head(torch.randn(300, 16), torch.randn(300) if bias else None, softcap, scale)
+    targets = torch.randint(0, 300, (50,))
+    weights = torch.rand(50)
+    total, losses = token_losses(hidden, head, targets, weights)
+    (own,) = torch.autograd.grad(total, hidden)
+    logits = hidden @ head.weight.t()
+    logits = (logits + head.bias if bias else logits) * scale
+    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+    expected = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    (reference,) = torch.autograd.grad((expected * weights).sum(), hidden)
+    torch.testing.assert_close(losses, expected.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(own, reference, rtol=1e-4, atol=1e-5)
