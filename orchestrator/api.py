@@ -16,6 +16,7 @@ from orchestrator.errors import OrchestratorError, RefusedError
 from orchestrator.identity import changed_keys
 from orchestrator.jobfile import dump_job, job_from_mapping, load_job
 from orchestrator.places import cache_dir, journal_path, stop_path
+from orchestrator.quiet import quiet_libraries
 from orchestrator.tracking.delivery import Delivery, deliver_pending
 from orchestrator.tracking.journal import read_events
 from orchestrator.tracking.observer import JournalObserver
@@ -58,7 +59,9 @@ def finetune(
         _check_same_job(resolved, run_dir)
         finished = _finished(resolved, run_dir)
         if finished is not None:
-            say(f"{resolved.name} is finished ({finished['steps']} steps); nothing to do. {run_dir}")
+            say(
+                f"{resolved.name} is finished ({finished['steps']} steps); nothing to do. {run_dir}"
+            )
             return finished
         _write(run_dir / "job.yaml", redact(dump_job(resolved)))
         return _run(resolved, run_dir, local, say, watch)
@@ -103,12 +106,16 @@ def _run(
 
 
 def _train_here(job: JobConfig, run_dir: Path) -> dict[str, Any]:
+    quiet_libraries()
     from orchestrator.training.collective import World
     from orchestrator.training.run import run
 
-    with JournalObserver(run_dir) as observer, _stop_on_interrupt(run_dir):
-        with SystemSampler(observer.emit):
-            return run(job, run_dir, cache_dir(), World(), observer)
+    with (
+        JournalObserver(run_dir) as observer,
+        _stop_on_interrupt(run_dir),
+        SystemSampler(observer.emit),
+    ):
+        return run(job, run_dir, cache_dir(), World(), observer)
 
 
 def _train_on_ray(job: JobConfig, run_dir: Path) -> dict[str, Any]:

@@ -56,7 +56,11 @@ def _validation(value: Any) -> Any:
 
 def _workers(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
-        if len(value) == 2 and all(type(v) is int and v > 0 for v in value) and value[0] <= value[1]:
+        if (
+            len(value) == 2
+            and all(type(v) is int and v > 0 for v in value)
+            and value[0] <= value[1]
+        ):
             return tuple(value)
         raise ValueError("a range is [min, max], two whole numbers with 1 <= min <= max")
     try:
@@ -66,7 +70,9 @@ def _workers(value: Any) -> Any:
 
 
 def _auto_or_share(value: Any) -> Any:
-    if value == "auto" or (isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0):
+    if value == "auto" or (
+        isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
+    ):
         return value
     raise ValueError("give 'auto' or a number of GPUs, 0 or more")
 
@@ -120,7 +126,7 @@ class LoraConfig(_Section):
     target_modules: Annotated[
         Literal["all-linear"] | tuple[str, ...], BeforeValidator(_target_modules)
     ] = "all-linear"
-    """Names of the linear layers that get an adapter; `all-linear` takes all but the output head."""
+    """Linear layers that get an adapter, by name; `all-linear`: all but the output head."""
     rslora: bool = False
 
 
@@ -141,7 +147,7 @@ class DataConfig(_Section):
     train_on: Literal["completion", "all"] = "completion"
     """Loss on the assistant's turns, or on every token."""
     too_long: Literal["cut", "drop"] = "cut"
-    """What happens to an example over max_length: its prompt loses its oldest tokens, or it is left out."""
+    """An example over max_length loses its prompt's oldest tokens, or is left out."""
     on_bad_row: Literal["refuse", "skip"] = "refuse"
     """Whether a row that does not fit the format ends the job, or is counted and left out."""
 
@@ -165,11 +171,13 @@ class TrainingConfig(_Section):
     """`auto` takes paged AdamW on CUDA and torch's AdamW on the CPU."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Decides the adapter's first weights, the order of the data and dropout."""
-    tokens_per_pass: Annotated[
-        Literal["auto"] | int, BeforeValidator(_auto_or_positive_int)
-    ] = "auto"
+    tokens_per_pass: Annotated[Literal["auto"] | int, BeforeValidator(_auto_or_positive_int)] = (
+        "auto"
+    )
     """Tokens in one forward pass. Changes speed and memory, never the result."""
-    gradient_checkpointing: Annotated[Literal["auto"] | bool, BeforeValidator(_auto_or_bool)] = "auto"
+    gradient_checkpointing: Annotated[Literal["auto"] | bool, BeforeValidator(_auto_or_bool)] = (
+        "auto"
+    )
     """Keep only each layer's input and compute the rest again in the backward pass."""
 
 
@@ -177,7 +185,7 @@ class EvaluationConfig(_Section):
     """What is measured on the validation set."""
 
     every: PositiveInt = 50
-    """Steps between evaluations; one before the first step and one after the last are always made."""
+    """Steps between evaluations; there is always one before the first step, one after the last."""
     samples: Annotated[int, Field(ge=0)] = 3
     """Prompts of the validation set that are answered before and after training."""
 
@@ -196,9 +204,7 @@ class ClusterConfig(_Section):
 
     address: str = "auto"
     """A Ray address; `auto` joins the cluster this machine belongs to, or starts Ray here."""
-    workers: Annotated[
-        Literal["auto"] | int | tuple[int, int], BeforeValidator(_workers)
-    ] = "auto"
+    workers: Annotated[Literal["auto"] | int | tuple[int, int], BeforeValidator(_workers)] = "auto"
     """One worker per GPU; a number; or [min, max] for an elastic run."""
     gpus_per_worker: Annotated[Literal["auto"] | float, BeforeValidator(_auto_or_share)] = "auto"
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1
@@ -223,8 +229,12 @@ def _search_space(value: Any) -> Any:
     if not isinstance(value, dict):
         raise ValueError("give a mapping such as {lora.rank: {choice: [8, 16]}}")
     for key, domain in value.items():
-        if not (isinstance(domain, dict) and len(domain) == 1 and next(iter(domain)) in _RANGE_KINDS):
-            raise ValueError(f"{key}: give one of {', '.join(_RANGE_KINDS)}, such as {{choice: [8, 16]}}")
+        if not (
+            isinstance(domain, dict) and len(domain) == 1 and next(iter(domain)) in _RANGE_KINDS
+        ):
+            raise ValueError(
+                f"{key}: give one of {', '.join(_RANGE_KINDS)}, such as {{choice: [8, 16]}}"
+            )
         kind, bounds = next(iter(domain.items()))
         if not isinstance(bounds, list) or not bounds:
             raise ValueError(f"{key}: {kind} takes a list of values")
@@ -268,7 +278,9 @@ class JobConfig(_Section):
     def _example_fits_schedule(self) -> "JobConfig":
         steps, warmup = self.training.max_steps, self.training.warmup_steps
         if steps is not None and warmup > steps:
-            raise ValueError(f"training.warmup_steps ({warmup}) is over training.max_steps ({steps})")
+            raise ValueError(
+                f"training.warmup_steps ({warmup}) is over training.max_steps ({steps})"
+            )
         return self
 
     @property

@@ -26,7 +26,7 @@ def changed_keys(before: JobConfig, now: JobConfig) -> list[tuple[str, Any, Any]
     The number of steps may grow only where it does not bend the learning rate's schedule.
     """
     old, new = dict(_flat(before.model_dump())), dict(_flat(now.model_dump()))
-    free = _FREE
+    free: tuple[str, ...] = _FREE
     if now.training.scheduler != "constant":
         free = tuple(key for key in _FREE if key not in ("training.max_steps", "training.epochs"))
     return [

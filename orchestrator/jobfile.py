@@ -106,7 +106,9 @@ def _parse(text: str, file: str) -> CommentedMap:
     except YAMLError as error:
         raise JobFileError(f"{file}: not valid YAML: {error}") from None
     if tree is None:
-        raise JobFileError(f"{file}: the file is empty; it needs at least name, model.base, data.train")
+        raise JobFileError(
+            f"{file}: the file is empty; it needs at least name, model.base, data.train"
+        )
     if not isinstance(tree, CommentedMap):
         raise JobFileError(f"{file}:1: a job file is a mapping of keys, this is a list or a value")
     return tree
@@ -240,7 +242,11 @@ def _suggest(path: _Path) -> str:
         hint = f"; did you mean {next(k for k, n in everywhere.items() if n == far[0])}?"
     else:
         hint = ""
-    return f"{hint} allowed here: {', '.join(allowed)}" if hint else f"; allowed here: {', '.join(allowed)}"
+    return (
+        f"{hint} allowed here: {', '.join(allowed)}"
+        if hint
+        else f"; allowed here: {', '.join(allowed)}"
+    )
 
 
 def _allowed(path: _Path) -> list[str]:

@@ -9,7 +9,7 @@ CACHE_VARIABLE = "ORCHESTRATOR_CACHE"
 
 
 def cache_dir() -> Path:
-    """The folder of quantized bases and tokenized data: $ORCHESTRATOR_CACHE, else the user's cache."""
+    """Folder of quantized bases and tokenized data: $ORCHESTRATOR_CACHE or the user's cache."""
     chosen = os.environ.get(CACHE_VARIABLE)
     return Path(chosen).expanduser().absolute() if chosen else user_cache_path("orchestrator")
 

@@ -50,7 +50,8 @@ class Watch:
         while True:
             ending = self._done.is_set()
             if self._path.exists():
-                for event, self._offset in read_events(self._path, self._offset):
+                for event, offset in read_events(self._path, self._offset):
+                    self._offset = offset
                     self._show(event)
             if ending:
                 return

@@ -35,9 +35,11 @@ def plan_workers(config: ClusterConfig, cpus: float, gpus: float, own: bool) -> 
         RefusedError: the job asks for more than is there.
     """
     per_worker = _gpus_per_worker(config, gpus)
-    workers = config.workers
-    if workers == "auto":
+    workers: int | tuple[int, int]
+    if config.workers == "auto":
         workers = max(1, int(gpus // per_worker)) if per_worker else 1
+    else:
+        workers = config.workers
     least = workers if isinstance(workers, int) else workers[0]
     if least * per_worker > gpus or least * config.cpus_per_worker > cpus:
         raise RefusedError(

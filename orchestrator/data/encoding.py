@@ -47,9 +47,7 @@ def encode(rows: Sequence[Rendered], tokenizer: Any, train_all: bool) -> list[Ex
     return made
 
 
-def _encode_slowly(
-    row: Rendered, tokenizer: Any, prefix: list[int], train_all: bool
-) -> Example:
+def _encode_slowly(row: Rendered, tokenizer: Any, prefix: list[int], train_all: bool) -> Example:
     """For tokenizers without offsets: places are the lengths of the encoded beginnings."""
 
     def count(end: int) -> int:

@@ -157,7 +157,7 @@ def _build(
     try:
         rows = origin.rows()
         head = list(islice(rows, _LOOKED_AT))
-        name = config.format
+        name: str = config.format
         if name == "auto":
             present = {column for row in head for column in row.value}
             name = detect(present, config.columns, f"{key}: {origin.name}").name
@@ -194,9 +194,7 @@ class _Encoder:
         while batch := list(islice(rows, _BATCH)):
             rendered = [text for row in batch if (text := self._render(row)) is not None]
             self._count(rows=len(batch))
-            examples = encoding.encode(
-                rendered, self._tokenizer, self._config.train_on == "all"
-            )
+            examples = encoding.encode(rendered, self._tokenizer, self._config.train_on == "all")
             for text, example in zip(rendered, examples, strict=True):
                 self._keep(example, text)
             if len(self._bad) >= _SHOWN_BAD_ROWS:
@@ -275,5 +273,3 @@ def _tokenizer_digest(tokenizer: Any) -> str:
 def _digest(content: dict[str, Any]) -> str:
     text = json.dumps(content, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +87,7 @@ class Adapter:
             self.working.copy_(self.master.detach())
 
     def state(self) -> dict[str, Tensor]:
-        """Copies of the weights as PEFT lays them out: `layer.lora_A` (r, in), `lora_B` (out, r)."""
+        """Copies of the weights as PEFT has them: `layer.lora_A` (r, in), `lora_B` (out, r)."""
         tensors = {}
         for name, shape in self._shapes.items():
             a, b = shape.views(self.master.detach())
@@ -108,7 +109,7 @@ class Adapter:
         self.publish()
 
     def _initialize(self) -> None:
-        """A uniform in +-1/sqrt(inputs) as PEFT has it, B zero; a layer's draw hangs on its name."""
+        """A uniform in +-1/sqrt(inputs) as in PEFT, B zero; a layer's draw hangs on its name."""
         for name, shape in self._shapes.items():
             digest = blake2b(f"{self.seed}/{name}".encode(), digest_size=7).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
@@ -174,11 +175,11 @@ class AdapterSet:
         return self._layers[name]
 
 
-def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+def linear_layers(model: Any) -> dict[str, nn.Module]:
     """Every linear layer that can take an adapter, by name: all but the output head."""
     from transformers.pytorch_utils import Conv1D
 
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = model.get_output_embeddings()
     return {
         name: module
         for name, module in model.named_modules()
@@ -199,6 +200,8 @@ def target_layers(candidates: dict[str, nn.Module], targets: str | Sequence[str]
         matches = [n for n in candidates if n == target or n.endswith(f".{target}")]
         if not matches:
             known = ", ".join(sorted({name.rpartition(".")[2] for name in candidates}))
-            raise ModelError(f"lora.target_modules: the model has no layer {target!r}; it has {known}")
+            raise ModelError(
+                f"lora.target_modules: the model has no layer {target!r}; it has {known}"
+            )
         chosen.update(matches)
     return [name for name in candidates if name in chosen]

@@ -71,7 +71,8 @@ def segmented_attention(
     elif _has_varlen(query):
         out = _varlen(query, key, value, lengths, scale, window)
     elif query.device.type == "cpu" and longest <= DENSE_LIMIT:
-        out = _DenseSegments.apply(query[0], key[0], value[0], lengths, scale)[None]
+        dense: Any = _DenseSegments.apply
+        out = dense(query[0], key[0], value[0], lengths, scale)[None]
     else:
         out = _by_segment(query, key, value, lengths, scale)
     return out, None
@@ -152,7 +153,7 @@ def _varlen(
 
     bounds = _bounds(lengths, query.device)
     longest = max(lengths)
-    out = varlen_attn(
+    out: Any = varlen_attn(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
@@ -188,7 +189,7 @@ class _DenseSegments(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float
     ) -> Tensor:
         heads, tokens, _ = query.shape
@@ -210,7 +211,7 @@ class _DenseSegments(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, *kept = ctx.saved_tensors
         heads, groups = query.shape[0], key.shape[0]
         grad_query, grad_key, grad_value = (torch.empty_like(t) for t in (query, key, value))

@@ -119,7 +119,6 @@ def _entry_dtype(entry: Path) -> torch.dtype:
     return getattr(torch, name)
 
 
-
 def from_pretrained(
     folder: Path,
     device: torch.device,

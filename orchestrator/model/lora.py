@@ -48,16 +48,21 @@ class Placement:
 class LoraLinear(nn.Module):
     """Wraps a `Linear4bit`, `Linear` or GPT-2 `Conv1D` of the base."""
 
+    in_features: int
+    out_features: int
+    compute_dtype: torch.dtype
+    device: torch.device
+
     def __init__(self, base: nn.Module, placement: Placement) -> None:
         super().__init__()
         self.base = base
         self.placement = placement
         self.slots: dict[int, Slot] = {}
-        weight = base.weight
+        weight: Any = base.weight
         state = getattr(weight, "quant_state", None)
-        self._transposed = type(base).__name__ == "Conv1D"
         shape = tuple(state.shape if state is not None else weight.shape)
-        self.out_features, self.in_features = shape[::-1] if self._transposed else shape
+        transposed = type(base).__name__ == "Conv1D"
+        self.out_features, self.in_features = shape[::-1] if transposed else shape
         self.compute_dtype = state.dtype if state is not None else weight.dtype
         self.device = weight.device
 
@@ -74,7 +79,8 @@ class LoraLinear(nn.Module):
             if owner in self.slots
         ]
         if torch.is_grad_enabled():
-            out = _LoraProduct.apply(self.placement.anchor, rows, self, spans)
+            function: Any = _LoraProduct.apply
+            out = function(self.placement.anchor, rows, self, spans)
         else:
             out, _ = _product(rows, self, spans)
         return out.view(*x.shape[:-1], self.out_features)
@@ -82,7 +88,7 @@ class LoraLinear(nn.Module):
 
 def dense_weight(layer: nn.Module) -> Tensor:
     """A linear layer's weight as (out, in), dequantized where it is stored in 4 bit."""
-    weight = layer.weight
+    weight: Any = layer.weight
     if isinstance(layer, Linear4bit):
         return bnb.dequantize_4bit(weight.data, weight.quant_state)
     return weight.t() if type(layer).__name__ == "Conv1D" else weight
@@ -92,7 +98,8 @@ def _product(
     rows: Tensor, layer: LoraLinear, spans: list[tuple[Slot, int, int]]
 ) -> tuple[Tensor, list[Tensor]]:
     """The layer's output (tokens, out), and each span's scaled low-rank input (span, rank)."""
-    weight, bias = layer.weight(), layer.base.bias
+    weight = layer.weight()
+    bias: Any = layer.base.bias
     out = rows @ weight.t() if bias is None else torch.addmm(bias.to(rows.dtype), rows, weight.t())
     lows = []
     for slot, start, stop in spans:
@@ -124,10 +131,10 @@ def _dropout_mask(slot: Slot, inputs: Tensor, start: int, placement: Placement) 
 
 
 class _LoraProduct(torch.autograd.Function):
-    """Forward and backward of `LoraLinear`; the base's weight is dequantized in each, never kept."""
+    """Forward and backward of `LoraLinear`; each dequantizes the base's weight, none keeps it."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         anchor: Tensor,
         rows: Tensor,
@@ -142,7 +149,7 @@ class _LoraProduct(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, *lows = ctx.saved_tensors
         layer: LoraLinear = ctx.layer
         inputs_need_it = ctx.needs_input_grad[1]

@@ -58,12 +58,13 @@ def token_losses(
     Returns:
         The weighted sum (a scalar that can be differentiated), and the losses, float32 (targets,).
     """
-    return _ChunkedCrossEntropy.apply(hidden, head, targets, weights)
+    function: Any = _ChunkedCrossEntropy.apply
+    return function(hidden, head, targets, weights)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, hidden: Tensor, head: Head, targets: Tensor, weights: Tensor
     ) -> tuple[Tensor, Tensor]:
         needs_grad = ctx.needs_input_grad[0]
@@ -72,17 +73,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         size = head.chunk()
         for start in range(0, len(targets), size):
             part = slice(start, start + size)
-            losses[part], grad_part = _chunk(
-                hidden[part], head, targets[part], weights[part] if needs_grad else None
-            )
-            if grad is not None:
+            chosen = weights[part] if needs_grad else None
+            losses[part], grad_part = _chunk(hidden[part], head, targets[part], chosen)
+            if grad is not None and grad_part is not None:
                 grad[part] = grad_part
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(losses)
         return (losses * weights).sum(), losses
 
     @staticmethod
-    def backward(ctx: Any, grad_sum: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_sum: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
         return (None if grad is None else grad * grad_sum.to(grad.dtype)), None, None, None
 

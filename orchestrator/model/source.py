@@ -79,8 +79,8 @@ def _download(config: ModelConfig) -> Path:
         first = str(error).strip().splitlines()[0]
         raise ModelError(
             f"model.base: {config.base} is no folder here and could not be fetched from the hub "
-            f"({type(error).__name__}: {first}). Check the name, HF_TOKEN and the network, or give a "
-            "local folder or .gguf file"
+            f"({type(error).__name__}: {first}). Check the name, HF_TOKEN and the network, or "
+            "give a local folder or .gguf file"
         ) from error
 
 

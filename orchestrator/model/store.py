@@ -24,9 +24,7 @@ from orchestrator.model.support import check_architecture
 _LOCK_SECONDS = 4 * 3600
 
 
-def entry_key(
-    source: ModelSource, quantization: QuantizationConfig, dtype: torch.dtype
-) -> str:
+def entry_key(source: ModelSource, quantization: QuantizationConfig, dtype: torch.dtype) -> str:
     """The content address of a base: weights, quantization settings, library versions."""
     return settings_key(
         {

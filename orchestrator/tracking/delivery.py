@@ -6,7 +6,7 @@ and steps, runs are found again by a key of ours, uploads overwrite themselves.
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -90,7 +90,9 @@ class Delivery:
                 pause = min(2 * pause, _LONGEST_PAUSE)
             except Exception as error:
                 # Tracking never ends a training run; the user hears of it, the journal keeps all.
-                self._say(f"Delivery to MLflow stopped: {type(error).__name__}: {redact(str(error))}")
+                self._say(
+                    f"Delivery to MLflow stopped: {type(error).__name__}: {redact(str(error))}"
+                )
                 return
             whole = not _pending(self._run_dir, self._cursor)
             if closing and (whole or time.monotonic() > self._deadline):
@@ -105,8 +107,8 @@ class Delivery:
             self._down = True
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             self._say(
-                f"MLflow does not answer ({redact(first)[:200]}); training goes on, and the journal "
-                "keeps everything for it"
+                f"MLflow does not answer ({redact(first)[:200]}); training goes on, and the "
+                "journal keeps everything for it"
             )
 
     def _deliver(self) -> None:
@@ -161,7 +163,9 @@ def _earlier_job(folder: Path, job: JobConfig) -> JobConfig:
     earlier = load_job(folder / "job.yaml")
     kept, own = earlier.tracking.uri, job.tracking.uri
     if kept is not None and own is not None and redact(own) == kept:
-        return earlier.model_copy(update={"tracking": earlier.tracking.model_copy(update={"uri": own})})
+        return earlier.model_copy(
+            update={"tracking": earlier.tracking.model_copy(update={"uri": own})}
+        )
     return earlier
 
 
@@ -170,7 +174,7 @@ def _pending(run_dir: Path, cursor: Cursor) -> int:
     return sum(1 for _ in read_events(path, cursor.offset)) if path.exists() else 0
 
 
-def _transient_errors() -> Sequence[type[Exception]] | Any:
+def _transient_errors() -> tuple[type[Exception], ...]:
     """What a server or database that is away raises; known once MLflow is imported."""
     import sys
 

@@ -20,9 +20,7 @@ def loss_curve(events: Events, title: str) -> Any:
     axes = figure.add_subplot()
     axes.plot(*zip(*steps, strict=True), label="training loss", linewidth=1, color="tab:blue")
     if held_out:
-        axes.plot(
-            *zip(*held_out, strict=True), label="eval loss", marker="o", color="tab:orange"
-        )
+        axes.plot(*zip(*held_out, strict=True), label="eval loss", marker="o", color="tab:orange")
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
     axes.grid(alpha=0.3)
     axes.legend()

@@ -67,9 +67,7 @@ def connect(job: JobConfig) -> MlflowClient:
 class MlflowRun:
     """One run's place in MLflow."""
 
-    def __init__(
-        self, client: MlflowClient, job: JobConfig, run_dir: Path, cursor: Cursor
-    ) -> None:
+    def __init__(self, client: MlflowClient, job: JobConfig, run_dir: Path, cursor: Cursor) -> None:
         self._client, self._job, self._run_dir, self._cursor = client, job, run_dir, cursor
 
     def replay(self, events: Sequence[dict[str, Any]]) -> Cursor:
@@ -139,7 +137,10 @@ class MlflowRun:
         dataset = event["dataset"]
         source = json.dumps({"name": redact(dataset["name"])})
         entity = Dataset(
-            Path(redact(dataset["name"])).name, dataset["digest"], "local", source,
+            Path(redact(dataset["name"])).name,
+            dataset["digest"],
+            "local",
+            source,
             profile=json.dumps({k: v for k, v in dataset.items() if k.endswith("examples")}),
         )
         self._client.log_inputs(

@@ -41,7 +41,9 @@ class Engine:
     world: World
     tokens_per_pass: int
 
-    def step(self, tenants: Sequence[Tenant], batches: Sequence[list[Segment]], step: int) -> list[StepResult]:
+    def step(
+        self, tenants: Sequence[Tenant], batches: Sequence[list[Segment]], step: int
+    ) -> list[StepResult]:
         """Train each tenant on its own batch and take its optimizer step.
 
         Args:
@@ -61,9 +63,13 @@ class Engine:
             sums += self._train_row(row, holders, factors)
         self.world.sum([*(holder.gradient for holder in holders), sums])
         results = []
-        for tenant, batch, count, total in zip(tenants, batches, targets, sums.tolist(), strict=True):
+        for tenant, batch, count, total in zip(
+            tenants, batches, targets, sums.tolist(), strict=True
+        ):
             loss = total / max(1, count)
-            update = tenant.update(step) if math.isfinite(loss) else tenant.discard()
+            update = tenant.update(step) if math.isfinite(loss) else None
+            if update is None:
+                tenant.discard()
             results.append(StepResult(loss, sum(len(s.example.ids) for s in batch), count, update))
         return results
 
@@ -93,9 +99,7 @@ class Engine:
         with self.adapters.active(spans, row.dropout_keys):
             hidden = hidden_states(self.base, row.tokens, row.lengths)
             picked = hidden.index_select(0, row.positions)
-            total, losses = token_losses(
-                picked, self.base.head, row.targets, factors[row.owners]
-            )
+            total, losses = token_losses(picked, self.base.head, row.targets, factors[row.owners])
             total.backward()
         sums = torch.zeros(len(holders), dtype=torch.float64, device=losses.device)
         return sums.index_add_(0, row.owners, losses.double())

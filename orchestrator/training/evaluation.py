@@ -45,7 +45,9 @@ def samples(
     examples = [dataset[index] for index in range(min(count, len(dataset)))]
     if not examples:
         return []
-    prompts = [example.ids[: example.answer_start][-_PROMPT_LIMIT:].tolist() for example in examples]
+    prompts = [
+        example.ids[: example.answer_start][-_PROMPT_LIMIT:].tolist() for example in examples
+    ]
     answers = _generate(engine, adapter, prompts, tokenizer, examples)
     return [
         Sample(
@@ -88,7 +90,7 @@ def _generate(
 
 
 def _end_tokens(model: Any, tokenizer: Any, examples: Sequence[Example]) -> Iterator[int]:
-    """Tokens that end an answer: the model's, the tokenizer's, and those the data ends turns with."""
+    """Tokens that end an answer: the model's, the tokenizer's, those the data ends turns with."""
     own = getattr(model.generation_config, "eos_token_id", None)
     if own is not None:
         yield from own if isinstance(own, (list, tuple)) else [own]

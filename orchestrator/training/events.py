@@ -4,7 +4,7 @@ from typing import Any, Protocol
 
 
 class Observer(Protocol):
-    """Stands between the loop and whoever watches it. A journal is one; a test's list is another."""
+    """Stands between the loop and whoever watches it: a journal, or a list in a test."""
 
     def emit(self, event: str, **fields: Any) -> None:
         """Something happened; see the README for the events and their fields."""

@@ -94,8 +94,8 @@ def prove_adapter(
     if not error <= allowed:
         raise ProofError(
             f"The adapter in {folder} does not reproduce the trained model: its logits differ by "
-            f"{error:.3g} of their size (allowed {allowed}). The last checkpoint holds the weights; "
-            "run the same command again, and report this if it stays"
+            f"{error:.3g} of their size (allowed {allowed}). The last checkpoint holds the "
+            "weights; run the same command again, and report this if it stays"
         )
     return {"relative_error": error, "same_first_token": agreement}
 
@@ -106,4 +106,6 @@ def _check_weights(folder: Path) -> None:
     if not all(torch.isfinite(t).all() for t in weights.values()):
         raise ProofError(f"The adapter in {folder} holds weights that are not finite")
     if not any(t.any() for t in changed):
-        raise ProofError(f"The adapter in {folder} is empty: every lora_B is zero, nothing was learned")
+        raise ProofError(
+            f"The adapter in {folder} is empty: every lora_B is zero, nothing was learned"
+        )

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,9 +44,7 @@ class Row:
         """The row with its tensors on a device."""
         moved = (t.to(device) for t in (self.tokens, self.positions, self.targets, self.owners))
         tokens, positions, targets, owners = moved
-        return Row(
-            tokens, self.lengths, positions, targets, owners, self.spans, self.dropout_keys
-        )
+        return Row(tokens, self.lengths, positions, targets, owners, self.spans, self.dropout_keys)
 
 
 def arrange(segments: Sequence[Segment], budget: int) -> list[list[Segment]]:
@@ -91,5 +90,5 @@ def _target_places(example: Example) -> NDArray[np.int64]:
     return places[places > 0]
 
 
-def _tensor(parts: list[NDArray[np.generic]]) -> Tensor:
+def _tensor(parts: Sequence[NDArray[Any]]) -> Tensor:
     return torch.from_numpy(np.concatenate(parts).astype(np.int64))

@@ -3,7 +3,7 @@
 import gc
 import platform
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ class _Run:
     world: World
     observer: Observer
     total: int
-    progress: Progress = Progress()
+    progress: Progress = field(default_factory=Progress)
 
     @property
     def identity(self) -> dict[str, str]:

@@ -41,9 +41,7 @@ def _reference(
 def test_segments_attend_within_themselves(lengths: tuple[int, ...], options: dict) -> None:
     inputs = _inputs(sum(lengths), torch.float32)
     out, _ = segmented_attention(MODULE, *inputs, None, segment_lengths=lengths, **options)
-    expected = _reference(
-        inputs, lengths, options.get("sliding_window"), options.get("softcap")
-    )
+    expected = _reference(inputs, lengths, options.get("sliding_window"), options.get("softcap"))
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
     grad = torch.randn_like(expected)
     own = torch.autograd.grad(out, inputs, grad)

