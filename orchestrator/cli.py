@@ -52,7 +52,7 @@ def finetune(job: str, overrides: tuple[str, ...], local: bool, as_json: bool) -
         click.echo(json.dumps(results))
     from orchestrator.summary import show
 
-    show(resolved, results, console)
+    show(resolved, job, results, console)
 
 
 @main.command()

@@ -1,6 +1,7 @@
 """What a finished fine-tune tells the user at its end."""
 
 import json
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from rich.table import Table
 from orchestrator.config import JobConfig
 
 
-def show(job: JobConfig, results: dict[str, Any], console: Console) -> None:
+def show(job: JobConfig, job_file: str, results: dict[str, Any], console: Console) -> None:
     """Eval loss and answers before and after, where the adapter lies, how to open the UI."""
     _show_samples(job.run_dir / "samples.jsonl", console)
     before, after = results.get("initial_eval_loss"), results.get("eval_loss")
@@ -28,7 +29,7 @@ def show(job: JobConfig, results: dict[str, Any], console: Console) -> None:
         console.print(
             f"Registered   {job.tracking.registered_model}, version {results['model_version']}"
         )
-    console.print("MLflow UI    orchestrator ui JOB.yaml", markup=False)
+    console.print(f"MLflow UI    orchestrator ui {job_file}", soft_wrap=True, markup=False)
 
 
 def _show_samples(path: Path, console: Console) -> None:
@@ -43,10 +44,27 @@ def _show_samples(path: Path, console: Console) -> None:
     table = Table(title="Answers to held-out prompts", show_lines=True, expand=False)
     for heading in ("prompt", "before", "after", "reference"):
         table.add_column(heading, overflow="fold", max_width=40)
+    shared = _shared_ends([sample["prompt"] for sample in answers.values()])
     for _, sample in sorted(answers.items()):
-        cells = (sample["prompt"], sample.get("before"), sample.get("after"), sample["reference"])
+        prompt = sample["prompt"][shared[0] : len(sample["prompt"]) - shared[1]]
+        cells = (prompt, sample.get("before"), sample.get("after"), sample["reference"])
         table.add_row(*(_short(cell) for cell in cells))
     console.print(table, markup=False)
+
+
+def _shared_ends(prompts: list[str]) -> tuple[int, int]:
+    """Characters that all prompts begin and end with: the template, not the question."""
+    if len(prompts) < 2:
+        return 0, 0
+    head = _alike(prompts)
+    tail = _alike([prompt[head:][::-1] for prompt in prompts])
+    return head, tail
+
+
+def _alike(texts: list[str]) -> int:
+    """Characters that all texts begin with."""
+    columns = zip(*texts, strict=False)
+    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
 
 
 def _short(text: str | None) -> str:

@@ -42,7 +42,7 @@ def samples(
     engine: Engine, adapter: Adapter, dataset: EncodedDataset, count: int, tokenizer: Any
 ) -> list[Sample]:
     """Greedy answers of at most NEW_TOKENS tokens to the data set's first prompts."""
-    examples = [dataset[index] for index in range(min(count, len(dataset)))]
+    examples = _with_different_prompts(dataset, count)
     if not examples:
         return []
     prompts = [
@@ -60,6 +60,17 @@ def samples(
             zip(examples, prompts, answers, strict=True)
         )
     ]
+
+
+def _with_different_prompts(dataset: EncodedDataset, count: int) -> list[Example]:
+    """The data set's first examples whose prompts are not alike."""
+    found: dict[bytes, Example] = {}
+    for index in range(min(len(dataset), 10 * count)):
+        example = dataset[index]
+        found.setdefault(example.ids[: example.answer_start].tobytes(), example)
+        if len(found) == count:
+            break
+    return list(found.values())
 
 
 @torch.no_grad()
