@@ -17,8 +17,8 @@ CHATML = (
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 WORDS = [
-    *"one two three four five six seven eight nine ten".split(),
-    *"red green blue cat dog bird".split(),
+    *["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"],
+    *["red", "green", "blue", "cat", "dog", "bird"],
 ]
 
 

@@ -11,13 +11,14 @@ from orchestrator.config import LoraConfig, QuantizationConfig, TrainingConfig
 from orchestrator.data import Example
 from orchestrator.model.adapters import AdapterSet
 from orchestrator.model.base import Base, from_pretrained, wrap
-from orchestrator.model.store import _bnb_config
+from orchestrator.model.store import bnb_config
 from orchestrator.training.collective import World
 from orchestrator.training.engine import Engine, StepResult
 from orchestrator.training.rows import Segment
 from orchestrator.training.tenant import Tenant
 
 VOCABULARY = 128
+SETTINGS = bnb_config(QuantizationConfig(), torch.float32)
 COMMON = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
@@ -49,7 +50,7 @@ def load_base(folder: Path, dtype: torch.dtype = torch.float32, quantization: st
     """Load a saved model as a frozen base, quantized on the way."""
     settings = None
     if quantization != "none":
-        settings = _bnb_config(QuantizationConfig(type=quantization), dtype)
+        settings = bnb_config(QuantizationConfig(type=quantization), dtype)
     return wrap(from_pretrained(folder, torch.device("cpu"), dtype, settings), "test")
 
 

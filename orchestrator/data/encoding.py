@@ -29,7 +29,9 @@ class Example:
 
 def encode(rows: Sequence[Rendered], tokenizer: Any, train_all: bool) -> list[Example]:
     """Tokenize a batch of texts that are alike in `special`."""
-    prefix = _bos(tokenizer) if rows and not rows[0].special else []
+    if not rows:
+        return []
+    prefix = [] if rows[0].special else _bos(tokenizer)
     texts = [row.text for row in rows]
     if not tokenizer.is_fast:
         return [_encode_slowly(row, tokenizer, prefix, train_all) for row in rows]

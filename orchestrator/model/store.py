@@ -112,8 +112,8 @@ def _quantize(
     origin = source.folder
     if source.gguf_file is not None:
         origin = folder / "dense"
-        _dequantize_gguf(source, dtype, origin)
-    settings = None if quantization.type == "none" else _bnb_config(quantization, dtype)
+        dequantize_gguf(source, dtype, origin)
+    settings = None if quantization.type == "none" else bnb_config(quantization, dtype)
     model = from_pretrained(origin, device, dtype, settings, trust)
     tokenizer = load_tokenizer(origin, trust_remote_code=trust)
     model.save_pretrained(folder)
@@ -126,7 +126,12 @@ def _quantize(
     shutil.rmtree(folder / "dense", ignore_errors=True)
 
 
-def _dequantize_gguf(source: ModelSource, dtype: torch.dtype, folder: Path) -> None:
+def dequantize_gguf(source: ModelSource, dtype: torch.dtype, folder: Path) -> None:
+    """Write a .gguf model and its tokenizer as a dense folder in the Hugging Face layout.
+
+    Raises:
+        ModelError: the file cannot be read.
+    """
     from transformers import AutoModelForCausalLM, GgufConfig
 
     try:
@@ -143,7 +148,8 @@ def _dequantize_gguf(source: ModelSource, dtype: torch.dtype, folder: Path) -> N
     tokenizer.save_pretrained(folder)
 
 
-def _bnb_config(quantization: QuantizationConfig, dtype: torch.dtype) -> Any:
+def bnb_config(quantization: QuantizationConfig, dtype: torch.dtype) -> Any:
+    """What transformers quantizes with."""
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(

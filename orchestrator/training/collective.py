@@ -31,10 +31,10 @@ class World:
             tensor.copy_(flat[start : start + tensor.numel()].view_as(tensor))
             start += tensor.numel()
 
-    def any(self, flag: bool) -> bool:
+    def any(self, flag: bool, device: torch.device) -> bool:
         """Whether the flag is set on any worker; all hear the same answer."""
         if self.size == 1:
             return flag
-        votes = torch.tensor([float(flag)])
+        votes = torch.tensor([float(flag)], device=device)
         self.sum([votes])
         return bool(votes.item())

@@ -149,7 +149,7 @@ def _train(state: _Run) -> None:
         _step(state, step)
         if step % evaluation_every == 0 or step == state.total:
             _evaluate(state)
-        stop = state.world.any(state.observer.stop_requested())
+        stop = state.world.any(state.observer.stop_requested(), state.engine.base.device)
         best = state.progress.best_step == step
         if stop or best or step % checkpoint_every == 0 or step == state.total:
             _save(state)

@@ -1,0 +1,135 @@
+"""TRL's SFTTrainer on a QLoRA fine-tune, as a process of its own.
+
+    python -m tests.benchmarks.trl_runner MODEL ROWS SETTING STEPS BATCH RANK
+
+MODEL is a folder in bf16, ROWS a jsonl file with question and answer in the order of training.
+Prints one JSON line: setting, losses, tokens_per_second over all but the first steps, peak_bytes.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from orchestrator.training import memory
+
+# Steps that are not counted: caches fill, and our MLflow store is made meanwhile.
+WARM_UP = 4
+# What can make TRL faster on this kind of machine, in combinations that its own checks allow.
+# Liger kernels need Triton, and flash attention CUDA: neither is there on a CPU.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "no_checkpointing": {"gradient_checkpointing": False},
+    "padding_free": {
+        "gradient_checkpointing": False,
+        "padding_free": True,
+        "max_length": None,
+    },
+    "packing": {"gradient_checkpointing": False, "packing": True, "packing_strategy": "bfd"},
+    "packing_checkpointing": {"packing": True, "packing_strategy": "bfd"},
+}
+
+
+def main(model: str, rows: str, setting: str, steps: int, batch: int, rank: int) -> None:
+    """Train and print the line."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        BitsAndBytesConfig,
+        TrainerCallback,
+    )
+    from trl import SFTConfig, SFTTrainer
+
+    device = torch.device("cpu")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    base = AutoModelForCausalLM.from_pretrained(
+        model,
+        dtype=torch.bfloat16,
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        ),
+    )
+    packed = SETTINGS[setting].get("packing", False)
+    config = SFTConfig(
+        output_dir="/tmp/unused-trl",
+        use_cpu=True,
+        max_steps=steps,
+        # A packed row holds what a padded batch holds.
+        per_device_train_batch_size=1 if packed else batch,
+        learning_rate=2e-4,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.3,
+        completion_only_loss=True,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        train_sampling_strategy="sequential",
+        **{"max_length": 1024, **SETTINGS[setting]},
+    )
+    seconds: list[float] = []
+    tokens: list[int] = []
+    losses: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.began = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            seconds.append(time.perf_counter() - self.began)
+
+        def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
+            if "loss" in logs:
+                losses.append(logs["loss"])
+
+    trainer = SFTTrainer(
+        model=base,
+        args=config,
+        train_dataset=Dataset.from_list(_conversations(rows)),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"),
+        callbacks=[Clock()],
+    )
+    step = trainer.training_step
+
+    def counted(model: Any, inputs: dict[str, Any], *rest: Any) -> Any:
+        mask = inputs.get("attention_mask")
+        tokens.append(int(inputs["input_ids"].numel() if mask is None else mask.sum()))
+        return step(model, inputs, *rest)
+
+    trainer.training_step = counted
+    memory.reset_peak(device)
+    trainer.train()
+    rate = sum(tokens[WARM_UP:]) / sum(seconds[WARM_UP:])
+    result = {
+        "setting": setting,
+        "tokens_per_second": rate,
+        "peak_bytes": memory.peak_bytes(device),
+        "losses": losses,
+        "checkpointing": config.gradient_checkpointing,
+    }
+    print(json.dumps(result))
+
+
+def _conversations(rows: str) -> list[dict[str, Any]]:
+    made = []
+    for line in Path(rows).read_text().splitlines():
+        row = json.loads(line)
+        made.append(
+            {
+                "prompt": [{"role": "user", "content": row["question"]}],
+                "completion": [{"role": "assistant", "content": row["answer"]}],
+            }
+        )
+    return made
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], sys.argv[3], *map(int, sys.argv[4:7]))

@@ -1,0 +1,105 @@
+"""Quantize once: several processes, damage, no pickles, GGUF."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from orchestrator.config import ModelConfig, QuantizationConfig
+from orchestrator.errors import ModelError
+from orchestrator.model import base, source, store
+
+ENSURE = """
+import sys, json, torch
+from pathlib import Path
+from orchestrator.config import ModelConfig, QuantizationConfig
+from orchestrator.model import source, store
+cache = Path(sys.argv[2])
+said = []
+origin = source.locate(ModelConfig(base=sys.argv[1]), cache)
+entry = store.ensure(origin, QuantizationConfig(), torch.float32, cache / "bases", said.append)
+print(json.dumps([str(entry), len(said)]))
+"""
+
+
+def _ensure(model: Path, cache: Path, **settings: object) -> Path:
+    origin = source.locate(ModelConfig(base=str(model)), cache)
+    quantization = QuantizationConfig(**settings)
+    return store.ensure(origin, quantization, torch.float32, cache / "bases", lambda _: None)
+
+
+def test_many_processes_quantize_once(chat_model: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", ENSURE, str(chat_model), str(tmp_path)]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    answers = [json.loads(process.communicate(timeout=200)[0]) for process in started]
+    assert len({entry for entry, _ in answers}) == 1
+    assert sum(said for _, said in answers) == 1
+
+
+def test_entries_differ_by_what_they_hold(chat_model: Path, tmp_path: Path) -> None:
+    entries = {
+        _ensure(chat_model, tmp_path),
+        _ensure(chat_model, tmp_path, type="fp4"),
+        _ensure(chat_model, tmp_path, double_quant=False),
+        _ensure(chat_model, tmp_path, type="none"),
+    }
+    assert len(entries) == 4
+    assert _ensure(chat_model, tmp_path) in entries
+
+
+def test_the_sixteen_bit_weights_are_not_needed_again(chat_model: Path, tmp_path: Path) -> None:
+    import shutil
+
+    model = tmp_path / "model"
+    shutil.copytree(chat_model, model)
+    entry = _ensure(model, tmp_path)
+    shutil.rmtree(model)
+    loaded = base.load(entry, torch.device("cpu"))
+    layer = loaded.model.get_submodule("model.layers.0.mlp.up_proj")
+    assert layer.weight.dtype == torch.uint8 and layer.weight.quant_state.nested
+    assert base.load_tokenizer(entry).chat_template
+    assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+
+
+def test_damaged_entry_is_made_again(chat_model: Path, tmp_path: Path) -> None:
+    entry = _ensure(chat_model, tmp_path)
+    weights = entry / "model.safetensors"
+    size = weights.stat().st_size
+    os.truncate(weights, size // 2)
+    assert _ensure(chat_model, tmp_path) == entry
+    assert weights.stat().st_size == size
+
+
+def test_pickles_are_refused(tmp_path: Path, chat_model: Path) -> None:
+    folder = tmp_path / "pickled"
+    folder.mkdir()
+    (folder / "config.json").write_text((chat_model / "config.json").read_text())
+    torch.save({}, folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"no \.safetensors.*pytorch_model\.bin"):
+        source.locate(ModelConfig(base=str(folder)), tmp_path)
+
+
+def test_code_of_a_model_does_not_run_unasked(tmp_path: Path, chat_model: Path) -> None:
+    import shutil
+
+    folder, mark = tmp_path / "custom", tmp_path / "ran"
+    shutil.copytree(chat_model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"auto_map": {"AutoConfig": "own.OwnConfig"}, "model_type": "own"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(f"open({str(mark)!r}, 'w').close()\nclass OwnConfig: pass\n")
+    with pytest.raises(ModelError):
+        _ensure(folder, tmp_path)
+    assert not mark.exists()
+
+
+def test_missing_models_are_named(tmp_path: Path) -> None:
+    (tmp_path / "modle").mkdir()
+    with pytest.raises(ModelError, match="did you mean"):
+        source.locate(ModelConfig(base=str(tmp_path / "model")), tmp_path)
+    with pytest.raises(ModelError, match="config.json"):
+        source.locate(ModelConfig(base=str(tmp_path / "modle")), tmp_path)

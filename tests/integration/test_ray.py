@@ -1,0 +1,52 @@
+"""The same job through Ray Train on local Ray: same curve, and a worker that dies."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.integration.conftest import Commands, curve, journal, reached, wait_for
+
+JobFile = Callable[..., Path]
+# A cluster of its own, whatever else runs on this machine.
+OWN = {"address": "local"}
+
+
+@pytest.fixture
+def whole(commands: Commands, job_file: JobFile, tmp_path: Path) -> list[tuple[int, float, float]]:
+    job = job_file("whole", training={"max_steps": 40})
+    assert commands.run("finetune", job, "--local").status == 0
+    return curve(tmp_path / "runs" / "whole")
+
+
+def test_a_killed_worker_comes_back_and_the_curve_is_the_same(
+    commands: Commands, job_file: JobFile, tmp_path: Path, whole: list[tuple[int, float, float]]
+) -> None:
+    job = job_file("ray", training={"max_steps": 40}, cluster=OWN)
+    run_dir = tmp_path / "runs" / "ray"
+    process = commands.start("finetune", job, "--json")
+    wait_for(run_dir, reached(5), process)
+    _worker(process.pid).kill()
+    ended = commands.wait(process)
+    assert ended.status == 0, ended.err
+    assert ended.result["restarts"] == 1 and ended.result["workers"] == 1
+    assert curve(run_dir) == whole
+    assert len([e for e in journal(run_dir) if e["event"] == "start"]) == 2
+
+
+def test_an_error_the_user_can_mend_is_not_tried_again(
+    commands: Commands, job_file: JobFile
+) -> None:
+    job = job_file(lora={"target_modules": ["qproj"]}, cluster=OWN)
+    ended = commands.run("finetune", job, "--json")
+    assert ended.status == 2 and "q_proj" in ended.err
+    assert ended.result["status"] == "refused"
+
+
+def _worker(command: int) -> psutil.Process:
+    """The training worker among the processes that the command started."""
+    for process in psutil.Process(command).children(recursive=True):
+        if "RayTrainWorker" in " ".join(process.cmdline()):
+            return process
+    raise AssertionError("no training worker is running")

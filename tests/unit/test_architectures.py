@@ -1,0 +1,143 @@
+"""Architectures train in packed rows like the model itself, or are refused by name."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from peft import LoraConfig as PeftConfig
+from peft import PeftModel, get_peft_model
+
+from orchestrator.config import LoraConfig, TrainingConfig
+from orchestrator.errors import ModelError
+from orchestrator.model.adapters import AdapterSet
+from orchestrator.model.base import from_pretrained
+from orchestrator.model.support import check_architecture
+from orchestrator.training.export import prove_adapter, save_adapter
+from tests import tiny
+
+SMALL = {"head_dim": 16}
+NARROW = {"sliding_window": 8}
+CONFIGS: dict[str, Any] = {
+    "Llama": tiny.COMMON,
+    "Qwen2": tiny.COMMON,
+    "Qwen3": {**tiny.COMMON, **SMALL},
+    "Mistral": {**tiny.COMMON, **NARROW},
+    "Gemma": {**tiny.COMMON, **SMALL},
+    "Gemma2": {**tiny.COMMON, **SMALL, **NARROW},
+    "Gemma3Text": {**tiny.COMMON, **SMALL, **NARROW},
+    "Phi": tiny.COMMON,
+    "Phi3": tiny.COMMON,
+    "Granite": {**tiny.COMMON, "logits_scaling": 4.0},
+    "Cohere": tiny.COMMON,
+    "GPTNeoX": {k: v for k, v in tiny.COMMON.items() if k != "num_key_value_heads"},
+    "GPT2": {"vocab_size": 128, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256,
+             "bos_token_id": 1, "eos_token_id": 2},
+}  # fmt: skip
+
+
+def _config(name: str) -> Any:
+    return getattr(transformers, f"{name}Config")(**CONFIGS[name])
+
+
+def _reference(folder: Path, adapter: Path, batches: list[list[Any]]) -> list[float]:
+    """A plain loop: transformers, PEFT and bitsandbytes, one example at a time, unpacked."""
+    model = from_pretrained(folder, torch.device("cpu"), torch.float32, tiny.SETTINGS)
+    model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+    model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=1e-2, weight_decay=0.0)
+    losses = []
+    for batch in batches:
+        count = sum(int(example.trained[1:].sum()) for example in batch)
+        total = 0.0
+        for example in batch:
+            ids = torch.from_numpy(example.ids.astype(np.int64))[None]
+            labels = ids.masked_fill(~torch.from_numpy(example.trained)[None], -100)
+            logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+            loss = torch.nn.functional.cross_entropy(logits, labels[0, 1:], reduction="sum")
+            (loss / count).backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(weights, 0.3)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total / count)
+    return losses
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_trains_like_a_plain_loop(tmp_path: Path, name: str) -> None:
+    folder = tiny.save_model(tmp_path / "model", _config(name))
+    base = tiny.load_base(folder)
+    batches = [tiny.examples(lengths, seed) for seed, lengths in enumerate([[20, 9, 33], [14, 40]])]
+    batches = batches * 2
+    adapters = AdapterSet(base.model)
+    lora, training = LoraConfig(rank=4, alpha=8), TrainingConfig(learning_rate=1e-2)
+    start = adapters.add(lora, training.seed)
+    save_adapter(start, base, "tiny", tmp_path / "start")
+    history, tenants = tiny.train(base, [(lora, training)], [batches], 48, adapters)
+    own = [result.loss for result in history[0]]
+    np.testing.assert_allclose(own, _reference(folder, tmp_path / "start", batches), rtol=2e-4)
+    assert own[-1] != own[1]
+    save_adapter(tenants[0].adapter, base, "tiny", tmp_path / "adapter")
+
+
+def test_unknown_attention_is_refused_by_name() -> None:
+    config = transformers.BloomConfig(vocab_size=128, hidden_size=64, n_layer=1, n_head=4)
+    with pytest.raises(ModelError, match="BloomForCausalLM"):
+        check_architecture(transformers.AutoModelForCausalLM.from_config(config))
+
+
+def test_recurrent_models_are_refused_by_name() -> None:
+    config = transformers.MambaConfig(vocab_size=128, hidden_size=64, num_hidden_layers=1)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ModelError, match="MambaForCausalLM"):
+        check_architecture(model)
+
+
+def test_unknown_target_modules_are_refused_by_name(tmp_path: Path) -> None:
+    base = tiny.load_base(tiny.save_model(tmp_path / "model"))
+    with pytest.raises(ModelError, match=r"'qproj'.*q_proj"):
+        AdapterSet(base.model).add(LoraConfig(target_modules=("qproj",)), 0)
+
+
+def test_all_linear_means_the_same_as_in_peft(tmp_path: Path) -> None:
+    folder = tiny.save_model(tmp_path / "model", _config("GPTNeoX"))
+    base = tiny.load_base(folder)
+    own = AdapterSet(base.model).add(LoraConfig(rank=2), 0).layer_names
+    model = from_pretrained(folder, torch.device("cpu"), torch.float32, tiny.SETTINGS)
+    peft = get_peft_model(model, PeftConfig(r=2, target_modules="all-linear"))
+    theirs = {
+        name.removeprefix("base_model.model.").partition(".lora_A")[0]
+        for name, _ in peft.named_parameters()
+        if "lora_A" in name
+    }
+    assert set(own) == theirs
+
+
+def test_an_empty_or_wrong_adapter_fails_its_proof(tmp_path: Path) -> None:
+    from orchestrator.errors import ProofError
+
+    folder = tiny.save_model(tmp_path / "model")
+    base = tiny.load_base(folder, quantization="none")
+    adapters = AdapterSet(base.model)
+    adapter = adapters.add(LoraConfig(rank=4), 0)
+    ids = torch.arange(3, 30)
+    check = (tmp_path / "adapter", folder, torch.device("cpu"), torch.float32, ids)
+    save_adapter(adapter, base, "tiny", tmp_path / "adapter")
+    with pytest.raises(ProofError, match="empty"):
+        prove_adapter(*check, torch.zeros(27, 128))
+    with torch.no_grad():
+        adapter.master.add_(0.05)
+    save_adapter(adapter, base, "tiny", tmp_path / "adapter")
+    with adapters.active([(adapter, 0, -1)]), base.unpacked(), torch.no_grad():
+        adapter.publish()
+        logits = base.model(input_ids=ids[None], use_cache=False).logits[0]
+    assert prove_adapter(*check, logits)["relative_error"] < 1e-4
+    with pytest.raises(ProofError, match="does not reproduce"):
+        prove_adapter(*check, logits + torch.randn_like(logits))
