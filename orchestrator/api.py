@@ -15,11 +15,11 @@ from orchestrator.config import JobConfig
 from orchestrator.errors import OrchestratorError, RefusedError
 from orchestrator.identity import changed_keys
 from orchestrator.jobfile import dump_job, job_from_mapping, load_job
-from orchestrator.places import cache_dir, journal_path, stop_path
+from orchestrator.places import cache_dir
 from orchestrator.quiet import quiet_libraries
 from orchestrator.tracking.delivery import Delivery, deliver_pending
-from orchestrator.tracking.journal import read_events
-from orchestrator.tracking.observer import JournalObserver
+from orchestrator.tracking.journal import journal_path, read_events
+from orchestrator.tracking.observer import JournalObserver, stop_path
 from orchestrator.tracking.secrets import redact
 from orchestrator.tracking.system import SystemSampler
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import redirect_stdout
 from typing import Any, NoReturn
 
 import click
@@ -38,12 +39,14 @@ def finetune(job: str, overrides: tuple[str, ...], local: bool, as_json: bool) -
         from orchestrator.api import finetune as run
         from orchestrator.watch import watching
 
-        results = run(
-            resolved,
-            local=local,
-            say=lambda line: console.print(line, markup=False),
-            watch=lambda run_dir: watching(run_dir, console),
-        )
+        # Libraries print there too; stdout carries the JSON object and nothing else.
+        with redirect_stdout(sys.stderr):
+            results = run(
+                resolved,
+                local=local,
+                say=lambda line: console.print(line, markup=False),
+                watch=lambda run_dir: watching(run_dir, console),
+            )
     except OrchestratorError as error:
         _end(error.exit_status, str(error), as_json, job)
     except KeyboardInterrupt:

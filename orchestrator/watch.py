@@ -13,8 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from orchestrator.places import journal_path
-from orchestrator.tracking.journal import read_events
+from orchestrator.tracking.journal import journal_path, read_events
 
 _POLL_SECONDS = 0.2
 # Plain lines come at the first step and then no more often than this.

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -87,32 +88,31 @@ def write_chats(path: Path, count: int, seed: int = 0) -> Path:
     return path
 
 
+def write_job(folder: Path, model: Path, name: str = "tiny", **sections: Any) -> Path:
+    """A small job's YAML in a folder; keywords replace sections' values."""
+    data = folder / "chats.jsonl"
+    if not data.exists():
+        write_chats(data, 60)
+    job: dict[str, Any] = {
+        "name": name,
+        "output_dir": str(folder / "runs"),
+        "model": {"base": str(model)},
+        "quantization": {"compute_dtype": "float32"},
+        "lora": {"rank": 4},
+        "data": {"train": str(data), "validation": 0.1},
+        "training": {"max_steps": 12, "batch_size": 4, "learning_rate": 5e-3},
+        "evaluation": {"every": 5, "samples": 2},
+        "checkpoint": {"every": 3},
+    }
+    for section, values in sections.items():
+        job[section] = {**job.get(section, {}), **values} if isinstance(values, dict) else values
+    path = folder / f"{name}.yaml"
+    with path.open("w") as stream:
+        YAML().dump(job, stream)
+    return path
+
+
 @pytest.fixture
 def job_file(tmp_path: Path, chat_model: Path) -> Callable[..., Path]:
-    """Writes a small job's YAML; keywords replace sections' values."""
-
-    def write(name: str = "tiny", **sections: Any) -> Path:
-        data = tmp_path / "chats.jsonl"
-        if not data.exists():
-            write_chats(data, 60)
-        job: dict[str, Any] = {
-            "name": name,
-            "output_dir": str(tmp_path / "runs"),
-            "model": {"base": str(chat_model)},
-            "quantization": {"compute_dtype": "float32"},
-            "lora": {"rank": 4},
-            "data": {"train": str(data), "validation": 0.1},
-            "training": {"max_steps": 12, "batch_size": 4, "learning_rate": 5e-3},
-            "evaluation": {"every": 5, "samples": 2},
-            "checkpoint": {"every": 3},
-        }
-        for section, values in sections.items():
-            job[section] = (
-                {**job.get(section, {}), **values} if isinstance(values, dict) else values
-            )
-        path = tmp_path / f"{name}.yaml"
-        with path.open("w") as stream:
-            YAML().dump(job, stream)
-        return path
-
-    return write
+    """Writes a small job's YAML in the test's folder; see `write_job`."""
+    return partial(write_job, tmp_path, chat_model)

@@ -1,17 +1,39 @@
 """Who is champion. A decision, not an action."""
 
 import math
+from dataclasses import dataclass
+from enum import Enum
 
 
-def becomes_champion(eval_loss: float | None, champion: float | None) -> bool:
-    """Whether a new version takes the alias from the present champion.
+class Decision(Enum):
+    """What happens to the alias."""
+
+    PROMOTE = "promote"
+    KEEP = "keep"
+
+
+@dataclass(frozen=True)
+class Version:
+    """A registered version and what it reached on held-out data."""
+
+    number: str
+    eval_loss: float | None
+
+
+def decide(candidate: Version, champion: Version | None) -> Decision:
+    """Whether a version takes the alias: it must be the first, or strictly better.
 
     Args:
-        eval_loss: the new version's eval loss; None or NaN never wins.
-        champion: the present champion's; None or NaN loses to any number.
+        candidate: the new version; without an eval loss, or with NaN, it beats nobody.
+        champion: who holds the alias; without an eval loss any finite one beats it.
     """
-    if eval_loss is None or math.isnan(eval_loss):
-        return False
-    if champion is None or math.isnan(champion):
-        return True
-    return eval_loss < champion
+    if champion is None:
+        return Decision.PROMOTE
+    if champion.number == candidate.number:
+        return Decision.KEEP
+    better = _comparable(candidate.eval_loss) < _comparable(champion.eval_loss)
+    return Decision.PROMOTE if better else Decision.KEEP
+
+
+def _comparable(eval_loss: float | None) -> float:
+    return math.inf if eval_loss is None or math.isnan(eval_loss) else eval_loss

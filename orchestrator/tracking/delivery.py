@@ -7,7 +7,7 @@ and steps, runs are found again by a key of ours, uploads overwrite themselves.
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,19 @@ from filelock import FileLock, Timeout
 
 from orchestrator.config import JobConfig
 from orchestrator.errors import OrchestratorError
-from orchestrator.jobfile import load_job
-from orchestrator.places import journal_path
+from orchestrator.tracking import values
+from orchestrator.tracking.client import complaint, connect
 from orchestrator.tracking.cursor import Cursor
-from orchestrator.tracking.journal import read_events
+from orchestrator.tracking.journal import journal_path, read_events
 from orchestrator.tracking.secrets import redact
+from orchestrator.tracking.store import tracking_uri
 
 Say = Callable[[str], None]
 _POLL_SECONDS = 1.0
 _LONGEST_PAUSE = 30.0
-# Events of one batch; a step has ten metrics at most and MLflow takes a thousand at a time.
-_BATCH = 90
+_BATCH = 100
+# One refused connection may be a proxy's hiccup; the user hears of the second in a row.
+_FAILURES_BEFORE_WORD = 2
 
 
 @dataclass(frozen=True)
@@ -39,21 +41,26 @@ class DeliveryReport:
 
 
 class Delivery:
-    """Delivers one run's journal. `start` it, let the run write, then `close` it."""
+    """Delivers one run's journal. `start` it, let the run write, then `close` it.
+
+    MLflow is imported when the first event is there: until then the training process imports its
+    own libraries, and two threads in one library's imports can trip over each other.
+    """
 
     def __init__(self, job: JobConfig, run_dir: Path, say: Say) -> None:
         self._job, self._run_dir, self._say = job, run_dir, say
-        self._cursor = Cursor.load(run_dir)
+        self._cursor: Cursor | None = None
+        self._replay: Any = None
         self._closing = threading.Event()
         self._deadline = float("inf")
+        self._failures = 0
+        self._told = False
         self._thread = threading.Thread(target=self._work, daemon=True, name="mlflow-delivery")
-        self._client: Any = None
-        self._down = False
 
     @property
     def run_id(self) -> str | None:
         """The MLflow run, once it is known."""
-        return self._cursor.run_id
+        return self._cursor.run_id if self._cursor else None
 
     def start(self) -> None:
         """Begin in the background."""
@@ -66,122 +73,161 @@ class Delivery:
         """
         self._deadline = time.monotonic() + timeout
         self._closing.set()
-        self._thread.join(timeout + 1)
-        pending = _pending(self._run_dir, self._cursor)
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+        cursor = self._cursor
+        pending = count_pending(self._run_dir, cursor)
         if pending:
             self._say(
                 f"{pending} events of {self._job.name} wait in {journal_path(self._run_dir)} for "
                 "MLflow; the next command over this output_dir delivers them"
             )
-        return DeliveryReport(self._cursor.run_id, self._cursor.model_version, pending)
+        if cursor is None:
+            return DeliveryReport(None, None, pending)
+        return DeliveryReport(cursor.run_id, cursor.model_version, pending)
 
     def _work(self) -> None:
-        pause = _POLL_SECONDS
+        try:
+            with self._alone():
+                self._follow()
+        except Timeout:
+            # Another thread or command delivers this run; `close` counts what it left.
+            return
+        except OrchestratorError as error:
+            self._say(redact(str(error)))
+        except Exception as error:
+            # Tracking never ends a training run; the user hears of it, the journal keeps all.
+            self._say(f"Delivery to MLflow stopped: {type(error).__name__}: {redact(str(error))}")
+
+    def _alone(self) -> Any:
+        """The lock of this run's delivery: two at once could each make an MLflow run."""
+        lock = FileLock(self._run_dir / ".delivery.lock")
         while True:
+            try:
+                return lock.acquire(timeout=_POLL_SECONDS)
+            except Timeout:
+                if time.monotonic() > self._deadline:
+                    raise
+
+    def _follow(self) -> None:
+        self._cursor = Cursor.load(self._run_dir)
+        while True:
+            # Read before delivering: what was written before `close` is then seen.
             closing = self._closing.is_set()
             try:
                 self._deliver()
-                if self._down:
-                    self._say("MLflow answers again; what had waited is delivered")
-                    self._down = False
+                self._tell_back()
                 pause = _POLL_SECONDS
-            except _transient_errors() as error:
-                self._tell_down(error)
-                pause = min(2 * pause, _LONGEST_PAUSE)
             except Exception as error:
-                # Tracking never ends a training run; the user hears of it, the journal keeps all.
-                self._say(
-                    f"Delivery to MLflow stopped: {type(error).__name__}: {redact(str(error))}"
-                )
-                return
-            whole = not _pending(self._run_dir, self._cursor)
-            if closing and (whole or time.monotonic() > self._deadline):
-                return
+                if (word := complaint(error)) is None:
+                    raise
+                self._tell_away(word, error)
+                pause = min(0.5 * 2**self._failures, _LONGEST_PAUSE)
+                if closing:
+                    pause = min(pause, _POLL_SECONDS)
+                    if time.monotonic() + pause < self._deadline:
+                        time.sleep(pause)
+                        continue
             if closing:
-                time.sleep(min(1.0, max(0.0, self._deadline - time.monotonic())))
-            else:
-                self._closing.wait(pause)
-
-    def _tell_down(self, error: Exception) -> None:
-        if not self._down:
-            self._down = True
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            self._say(
-                f"MLflow does not answer ({redact(first)[:200]}); training goes on, and the "
-                "journal keeps everything for it"
-            )
+                return
+            self._closing.wait(pause)
 
     def _deliver(self) -> None:
+        """Everything that stands in the journal now."""
         path = journal_path(self._run_dir)
-        if not path.exists():
-            return
-        from orchestrator.tracking.runs import MlflowRun, connect
-
-        while time.monotonic() < self._deadline:
-            batch = list(islice(read_events(path, self._cursor.offset), _BATCH))
+        while path.exists() and time.monotonic() < self._deadline:
+            cursor = self._cursor or Cursor.load(self._run_dir)
+            if path.stat().st_size == cursor.offset:
+                return
+            if self._replay is None:
+                self._replay = self._open(cursor, path)
+                cursor = self._replay.cursor
+            batch = list(islice(read_events(path, cursor.offset), _BATCH))
             if not batch:
                 return
-            if self._client is None:
-                self._client = connect(self._job)
-            run = MlflowRun(self._client, self._job, self._run_dir, self._cursor)
-            self._cursor = run.replay([event for event, _ in batch]).moved(batch[-1][1])
-            self._cursor.save(self._run_dir)
+            try:
+                self._replay.deliver([event for event, _ in batch])
+                self._replay.cursor = self._replay.cursor.moved(batch[-1][1])
+                self._replay.cursor.save(self._run_dir)
+            finally:
+                self._cursor = self._replay.cursor
+
+    def _open(self, cursor: Cursor, path: Path) -> Any:
+        """The run in MLflow, found again or made."""
+        client = connect(self._job)
+        from orchestrator.tracking.replay import Replay
+        from orchestrator.tracking.runs import find_or_create, still_there
+
+        store = redact(tracking_uri(self._job))
+        cursor = cursor.over(store, path.stat().st_size)
+        if cursor.run_id is not None and not still_there(client, cursor.run_id):
+            cursor = cursor.afresh(store)
+        if cursor.run_id is None:
+            first = next(read_events(path), None)
+            started = values.milliseconds(first[0]) if first else int(time.time() * 1000)
+            run_id = find_or_create(client, self._job, cursor.run_key, started)
+            cursor = replace(cursor, run_id=run_id)
+        cursor.save(self._run_dir)
+        self._cursor = cursor
+        return Replay(client, self._job, self._run_dir, cursor)
+
+    def _tell_away(self, word: str, error: Exception) -> None:
+        self._failures += 1
+        if self._failures >= _FAILURES_BEFORE_WORD and not self._told:
+            self._told = True
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            self._say(
+                f"MLflow {word} ({redact(first)[:200]}); training goes on, and the journal "
+                "keeps everything for it"
+            )
+
+    def _tell_back(self) -> None:
+        self._failures = 0
+        if self._told and not count_pending(self._run_dir, self._cursor):
+            self._told = False
+            self._say("MLflow answers again; what had waited is delivered")
 
 
 def deliver_pending(job: JobConfig, run_dir: Path, say: Say, timeout: float) -> None:
     """Deliver what earlier commands over this output_dir left in their journals.
 
     Args:
-        job: the present job; its tracking URI serves the runs that were made with it.
+        job: the present job; the password of its tracking URI serves earlier runs there too.
         run_dir: the present job's run folder, whose lock the caller holds.
         say: is told what happens.
         timeout: seconds for all runs together.
     """
+    from orchestrator.tracking.earlier import earlier_job, is_finished
+
     end = time.monotonic() + timeout
-    for folder in sorted(path.parent for path in run_dir.parent.glob("*/journal.jsonl")):
-        if time.monotonic() > end or not _pending(folder, Cursor.load(folder)):
-            continue
-        if folder == run_dir:
-            _deliver_now(job, folder, say, end)
-            continue
+    for path in sorted(run_dir.parent.glob("*/journal.jsonl")):
+        folder, left = path.parent, end - time.monotonic()
+        if left <= 0:
+            return
         try:
-            with FileLock(folder / ".lock", blocking=False):
-                _deliver_now(_earlier_job(folder, job), folder, say, end)
-        except (Timeout, OrchestratorError):
-            # Another command is at work on it, or its job file is gone: not ours to deliver.
+            if not count_pending(folder, Cursor.peek(folder)):
+                continue
+            if folder != run_dir:
+                with FileLock(folder / ".lock", blocking=False):
+                    _deliver_now(earlier_job(folder, job), folder, say, left)
+            elif is_finished(path):
+                # A run that goes on delivers its own journal.
+                _deliver_now(job, folder, say, left)
+        except Timeout:
+            # Another command is at work on it.
             continue
+        except OrchestratorError as error:
+            say(redact(str(error)))
 
 
-def _deliver_now(job: JobConfig, folder: Path, say: Say, end: float) -> None:
+def count_pending(run_dir: Path, cursor: Cursor | None) -> int:
+    """Events of the run's journal that MLflow has not got."""
+    path = journal_path(run_dir)
+    offset = cursor.offset if cursor else 0
+    return sum(1 for _ in read_events(path, offset)) if path.exists() else 0
+
+
+def _deliver_now(job: JobConfig, folder: Path, say: Say, timeout: float) -> None:
     delivery = Delivery(job, folder, say)
     delivery.start()
-    delivery.close(max(1.0, end - time.monotonic()))
-
-
-def _earlier_job(folder: Path, job: JobConfig) -> JobConfig:
-    """The job a run was made with; a password that its file does not keep comes from `job`."""
-    earlier = load_job(folder / "job.yaml")
-    kept, own = earlier.tracking.uri, job.tracking.uri
-    if kept is not None and own is not None and redact(own) == kept:
-        return earlier.model_copy(
-            update={"tracking": earlier.tracking.model_copy(update={"uri": own})}
-        )
-    return earlier
-
-
-def _pending(run_dir: Path, cursor: Cursor) -> int:
-    path = journal_path(run_dir)
-    return sum(1 for _ in read_events(path, cursor.offset)) if path.exists() else 0
-
-
-def _transient_errors() -> tuple[type[Exception], ...]:
-    """What a server or database that is away raises; known once MLflow is imported."""
-    import sys
-
-    mlflow = sys.modules.get("mlflow.exceptions")
-    database = sys.modules.get("sqlalchemy.exc")
-    return (
-        OSError,
-        *([mlflow.MlflowException] if mlflow else []),
-        *([database.OperationalError] if database else []),
-    )
+    delivery.close(timeout)

@@ -2,23 +2,34 @@
 
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import TracebackType
 from typing import Any
+
+from orchestrator.tracking.secrets import redact as hide_secrets
 
 # Events that stand in the journal once, whatever died, and what tells them apart.
 _IDENTITIES = {
     "step": ("step",),
     "evaluation": ("step",),
-    "sample": ("when", "index"),
+    "sample": ("when", "step", "index"),
 }
+# Words of ours; a password that happens to be one of them must not spoil them.
+_OWN_WORDS = frozenset({"event", "when", "status"})
+
+
+def journal_path(run_dir: Path) -> Path:
+    """The journal of the run in this folder."""
+    return run_dir / "journal.jsonl"
 
 
 class Journal:
-    """The writer of a journal; a run has one at a time."""
+    """The writer of a journal; a run has one at a time. Threads may share it. A context manager."""
 
-    def __init__(self, path: Path, redact: Callable[[str], str] = str) -> None:
+    def __init__(self, path: Path, redact: Callable[[str], str] = hide_secrets) -> None:
         """Open or make the journal; a last line torn by a kill is cut off.
 
         Args:
@@ -26,30 +37,64 @@ class Journal:
             redact: takes secrets out of every text that is written.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
+        self.last_step = 0
+        """The highest step that stands in the journal; 0 before the first."""
         self._redact = redact
+        self._lock = threading.Lock()
+        self._seen: set[tuple[Any, ...]] = set()
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        whole, self._seen = 0, set()
+        whole = 0
         for event, offset in read_events(path):
+            self._remember(event)
             whole = offset
-            self._seen.add(_identity(event))
         if os.fstat(self._descriptor).st_size > whole:
             os.ftruncate(self._descriptor, whole)
 
     def append(self, event: str, **fields: Any) -> bool:
-        """Add one event with the time; False where an event of its identity is there already."""
+        """Add one event with the time; False where an event of its identity is there already.
+
+        Raises:
+            OSError: the disk does not take the line; nothing of it is left in the journal.
+        """
         record = {"event": event, "time": time.time(), **fields}
-        identity = _identity(record)
-        if identity is not None and identity in self._seen:
-            return False
-        line = json.dumps(_clean(record, self._redact), allow_nan=True) + "\n"
-        # One write of a whole line: a kill leaves at most a torn last line.
-        os.write(self._descriptor, line.encode())
-        self._seen.add(identity)
+        line = (json.dumps(_clean(record, self._redact)) + "\n").encode()
+        with self._lock:
+            identity = _identity(record)
+            if identity is not None and identity in self._seen:
+                return False
+            self._write(line)
+            self._remember(record)
         return True
 
     def close(self) -> None:
         """Close the file."""
         os.close(self._descriptor)
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _write(self, line: bytes) -> None:
+        # One write of a whole line: a kill leaves at most a torn last line.
+        before = os.fstat(self._descriptor).st_size
+        written = os.write(self._descriptor, line)
+        if written != len(line):
+            os.ftruncate(self._descriptor, before)
+            raise OSError(f"The journal took {written} of {len(line)} bytes: is the disk full?")
+
+    def _remember(self, event: dict[str, Any]) -> None:
+        identity = _identity(event)
+        if identity is not None:
+            self._seen.add(identity)
+        if event["event"] == "step":
+            self.last_step = max(self.last_step, event["step"])
 
 
 def read_events(path: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
@@ -78,7 +123,7 @@ def _clean(value: Any, redact: Callable[[str], str]) -> Any:
     if isinstance(value, str):
         return redact(value)
     if isinstance(value, dict):
-        return {key: _clean(item, redact) for key, item in value.items()}
+        return {k: v if k in _OWN_WORDS else _clean(v, redact) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_clean(item, redact) for item in value]
     return value

@@ -4,16 +4,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from orchestrator.places import journal_path, stop_path
-from orchestrator.tracking.journal import Journal
-from orchestrator.tracking.secrets import redact
+from orchestrator.tracking.journal import Journal, journal_path
+
+
+def stop_path(run_dir: Path) -> Path:
+    """While this file is there, the run saves a checkpoint and ends after the present step."""
+    return run_dir / ".stop"
 
 
 class JournalObserver:
     """Writes a run's journal; one process of a run holds it. A context manager."""
 
     def __init__(self, run_dir: Path) -> None:
-        self._journal = Journal(journal_path(run_dir), redact)
+        self._journal = Journal(journal_path(run_dir))
         self._stop = stop_path(run_dir)
 
     def emit(self, event: str, **fields: Any) -> None:

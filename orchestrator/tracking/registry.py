@@ -5,41 +5,36 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from orchestrator.config import JobConfig
-from orchestrator.tracking.champion import becomes_champion
-from orchestrator.tracking.secrets import redact
+from orchestrator.tracking.champion import Decision, Version, decide
 
 ALIAS = "champion"
+_ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 
 
 def register(
-    client: MlflowClient,
-    name: str,
-    run_id: str,
-    eval_loss: float | None,
-    step: int,
-    job: JobConfig,
+    client: MlflowClient, name: str, run_id: str, eval_loss: float | None, tags: dict[str, str]
 ) -> str:
-    """Register the run's adapter once and let it take the alias if it is the best.
+    """Register the run's adapter and let it take the alias if it is the best.
+
+    A run has one version however often this is called; a run that went on and saved a better
+    adapter brings its version's tags up to date.
 
     Returns:
         The version.
     """
+    if eval_loss is not None:
+        tags = {**tags, "eval_loss": repr(eval_loss)}
     _ensure_model(client, name)
-    version = _own_version(client, name, run_id, step)
-    if version is None:
-        artifacts = client.get_run(run_id).info.artifact_uri
-        tags: dict[str, Any] = {"step": str(step), "base": redact(job.model.base), "job": job.name}
-        if eval_loss is not None:
-            tags["eval_loss"] = repr(eval_loss)
-        made = client.create_model_version(name, f"{artifacts}/adapter", run_id, tags=tags)
-        version = str(made.version)
-    present = _champion(client, name)
-    if present is None or (
-        str(present.version) != version and becomes_champion(eval_loss, _eval_loss(present))
-    ):
-        client.set_registered_model_alias(name, ALIAS, version)
-    return version
+    number = _own_version(client, name, run_id)
+    if number is None:
+        source = f"{client.get_run(run_id).info.artifact_uri}/adapter"
+        number = str(client.create_model_version(name, source, run_id, tags=tags).version)
+    else:
+        for key, value in tags.items():
+            client.set_model_version_tag(name, number, key, value)
+    if decide(Version(number, eval_loss), _champion(client, name)) is Decision.PROMOTE:
+        client.set_registered_model_alias(name, ALIAS, number)
+    return number
 
 
 def _ensure_model(client: MlflowClient, name: str) -> None:
@@ -50,23 +45,27 @@ def _ensure_model(client: MlflowClient, name: str) -> None:
             raise
 
 
-def _own_version(client: MlflowClient, name: str, run_id: str, step: int) -> str | None:
-    """The version an earlier try registered for this adapter."""
-    for version in client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'"):
-        if version.tags.get("step") == str(step):
+def _own_version(client: MlflowClient, name: str, run_id: str) -> str | None:
+    """The version that an earlier try, or an earlier adapter of this run, registered."""
+    for version in client.search_model_versions(f"run_id = '{run_id}'"):
+        if version.name == name:
             return str(version.version)
     return None
 
 
-def _champion(client: MlflowClient, name: str) -> Any:
+def _champion(client: MlflowClient, name: str) -> Version | None:
     try:
-        return client.get_model_version_by_alias(name, ALIAS)
+        found = client.get_model_version_by_alias(name, ALIAS)
     except MlflowException as error:
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+        if error.error_code in _ABSENT:
             return None
         raise
+    return Version(str(found.version), _eval_loss(found))
 
 
 def _eval_loss(version: Any) -> float | None:
-    text = version.tags.get("eval_loss")
-    return None if text is None else float(text)
+    try:
+        return float(version.tags["eval_loss"])
+    except (KeyError, ValueError):
+        # Tags can be edited by hand.
+        return None

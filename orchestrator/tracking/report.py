@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 Events = Sequence[dict[str, Any]]
+_COLUMNS = ("index", "prompt", "reference", "before", "after")
 
 
 def loss_curve(events: Events, title: str) -> Any:
@@ -21,7 +22,9 @@ def loss_curve(events: Events, title: str) -> Any:
     axes.plot(*zip(*steps, strict=True), label="training loss", linewidth=1, color="tab:blue")
     if held_out:
         axes.plot(*zip(*held_out, strict=True), label="eval loss", marker="o", color="tab:orange")
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    # A dollar sign in a run's name is no formula.
+    axes.set_title(title, parse_math=False)
     axes.grid(alpha=0.3)
     axes.legend()
     return figure
@@ -29,14 +32,13 @@ def loss_curve(events: Events, title: str) -> Any:
 
 def sample_table(events: Events) -> dict[str, Any] | None:
     """Answers before and after, as MLflow lays tables out; None where there are none."""
-    columns = ["index", "prompt", "reference", "before", "after"]
     rows: dict[int, dict[str, Any]] = {}
     for event in events:
         if event["event"] == "sample":
-            row = rows.setdefault(event["index"], dict.fromkeys(columns))
-            row.update({name: event[name] for name in ("index", "prompt", "reference")})
-            row[event["when"]] = event["answer"]
+            row = rows.setdefault(event["index"], dict.fromkeys(_COLUMNS))
+            row.update({name: event.get(name) for name in ("index", "prompt", "reference")})
+            row[event["when"]] = event.get("answer")
     if not rows:
         return None
-    data = [[row[name] for name in columns] for _, row in sorted(rows.items())]
-    return {"columns": columns, "data": data}
+    data = [[row[name] for name in _COLUMNS] for _, row in sorted(rows.items())]
+    return {"columns": list(_COLUMNS), "data": data}

@@ -4,20 +4,27 @@ import os
 import re
 
 _HIDDEN = "***"
+# TOKENS and TOKENIZERS count and configure; TOKEN is a secret.
 _SECRET_NAME = re.compile(
-    r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY|PRIVATE_KEY|CREDENTIAL", re.IGNORECASE
+    r"TOKEN(?!S|IZ)|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY|PRIVATE_KEY|CREDENTIAL",
+    re.IGNORECASE,
 )
 _SHORTEST = 6
 _PATTERNS = (
-    # user:password@ in a URI
-    (re.compile(r"(?<=://)[^/\s@]+@"), f"{_HIDDEN}@"),
+    # user:password@ in a URI, up to the last @ of its authority
+    (re.compile(r"(?<=://)[^/\s?#]+@"), f"{_HIDDEN}@"),
     # ?token=... and the like
     (
-        re.compile(r"(?i)([?&;](?:[\w-]*(?:token|secret|password|key|signature|sig))=)[^&#\s]+"),
+        re.compile(
+            r"(?i)([?&;][\w.-]*(?:token|secret|password|passwd|key|credential|signature|sig)=)"
+            r"[^&#\s\"']+"
+        ),
         rf"\g<1>{_HIDDEN}",
     ),
+    (re.compile(r"(?i)\b(bearer|basic)\s+[\w.~+/=-]{8,}"), rf"\g<1> {_HIDDEN}"),
     (re.compile(r"\bhf_[A-Za-z0-9]{16,}"), _HIDDEN),
     (re.compile(r"\bsk-[A-Za-z0-9_-]{16,}"), _HIDDEN),
+    (re.compile(r"\bgh[oprsu]_[A-Za-z0-9]{16,}"), _HIDDEN),
     (re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"), _HIDDEN),
 )
 
@@ -36,11 +43,11 @@ def _environment_secrets() -> list[str]:
     values = {
         value
         for name, value in os.environ.items()
-        if _SECRET_NAME.search(name) and len(value) >= _SHORTEST and not _harmless(value)
+        if len(value) >= _SHORTEST and _SECRET_NAME.search(name) and not _is_file(value)
     }
     return sorted(values, key=len, reverse=True)
 
 
-def _harmless(value: str) -> bool:
-    """Paths, numbers and switches (TOKENIZERS_PARALLELISM=false, a token's file) are no secrets."""
-    return value.lower() in {"false", "true"} or value.isdigit() or os.path.exists(value)
+def _is_file(value: str) -> bool:
+    """A variable such as GOOGLE_APPLICATION_CREDENTIALS names a file, which is no secret."""
+    return os.path.isabs(value) and os.path.exists(value)

@@ -12,17 +12,28 @@ _MEGABYTE = 1e6
 
 
 class SystemSampler:
-    """Emits a `system` event every few seconds while the block runs. A context manager."""
+    """Emits a `system` event every few seconds from `start` to `stop`. A context manager too."""
 
-    def __init__(self, emit: Callable[..., None], seconds: float = _SECONDS) -> None:
+    def __init__(self, emit: Callable[..., Any], seconds: float = _SECONDS) -> None:
         self._emit, self._seconds = emit, seconds
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread = threading.Thread(target=self._run, daemon=True, name="system-sampler")
         self._gpus = _open_gpus()
 
-    def __enter__(self) -> "SystemSampler":
+    def start(self) -> None:
+        """Begin in the background."""
+        # The first reading compares with the last; this one only sets the mark.
         psutil.cpu_percent()
         self._thread.start()
+
+    def stop(self) -> None:
+        """End; nothing is emitted after."""
+        self._done.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def __enter__(self) -> "SystemSampler":
+        self.start()
         return self
 
     def __exit__(
@@ -31,21 +42,31 @@ class SystemSampler:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._done.set()
-        self._thread.join(timeout=self._seconds)
+        self.stop()
 
     def _run(self) -> None:
         while not self._done.wait(self._seconds):
-            self._emit("system", **self.sample())
+            try:
+                self._emit("system", **self.sample())
+            except OSError:
+                # The disk is full: the training's own events say so, louder than this.
+                return
 
     def sample(self) -> dict[str, float]:
         """One reading."""
-        memory, disk = psutil.virtual_memory(), psutil.disk_usage("/")
+        memory, disk, network = (
+            psutil.virtual_memory(),
+            psutil.disk_usage("/"),
+            psutil.net_io_counters(),
+        )
         return {
             "cpu_utilization_percentage": psutil.cpu_percent(),
             "system_memory_usage_megabytes": memory.used / _MEGABYTE,
             "system_memory_usage_percentage": memory.percent,
             "disk_usage_percentage": disk.percent,
+            "disk_available_megabytes": disk.free / _MEGABYTE,
+            "network_receive_megabytes": network.bytes_recv / _MEGABYTE,
+            "network_transmit_megabytes": network.bytes_sent / _MEGABYTE,
             **_read_gpus(self._gpus),
         }
 
@@ -63,15 +84,23 @@ def _open_gpus() -> list[Any]:
 
 
 def _read_gpus(handles: list[Any]) -> dict[str, float]:
-    if not handles:
-        return {}
+    readings: dict[str, float] = {}
+    for number, handle in enumerate(handles):
+        readings.update({f"gpu_{number}_{k}": value for k, value in _read_gpu(handle).items()})
+    return readings
+
+
+def _read_gpu(handle: Any) -> dict[str, float]:
+    """What this GPU tells; a virtual or divided one keeps some figures to itself."""
     import pynvml
 
     readings: dict[str, float] = {}
-    for number, handle in enumerate(handles):
+    try:
         memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-        use = pynvml.nvmlDeviceGetUtilizationRates(handle)
-        readings[f"gpu_{number}_memory_usage_megabytes"] = memory.used / _MEGABYTE
-        readings[f"gpu_{number}_memory_usage_percentage"] = 100 * memory.used / memory.total
-        readings[f"gpu_{number}_utilization_percentage"] = float(use.gpu)
+        readings["memory_usage_megabytes"] = memory.used / _MEGABYTE
+        readings["memory_usage_percentage"] = 100 * memory.used / memory.total
+        readings["utilization_percentage"] = float(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu)
+        readings["power_usage_watts"] = pynvml.nvmlDeviceGetPowerUsage(handle) / 1000
+    except pynvml.NVMLError:
+        return readings
     return readings

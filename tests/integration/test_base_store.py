@@ -101,5 +101,5 @@ def test_missing_models_are_named(tmp_path: Path) -> None:
     (tmp_path / "modle").mkdir()
     with pytest.raises(ModelError, match="did you mean"):
         source.locate(ModelConfig(base=str(tmp_path / "model")), tmp_path)
-    with pytest.raises(ModelError, match="config.json"):
+    with pytest.raises(ModelError, match=r"config\.json"):
         source.locate(ModelConfig(base=str(tmp_path / "modle")), tmp_path)

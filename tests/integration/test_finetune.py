@@ -6,10 +6,12 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
 
+from tests.conftest import write_job
 from tests.integration.conftest import Commands, curve, journal, reached, wait_for
 
 JobFile = Callable[..., Path]
@@ -64,12 +66,12 @@ def test_one_command_gives_everything(
     champion = client.get_model_version_by_alias("bot", "champion")
     assert str(champion.version) == result["model_version"] == "1"
 
-    again = commands.run("finetune", job, "--local", "--json")
+    again = commands.call("finetune", job, "--local", "--json")
     assert again.status == 0 and "finished" in again.err
     assert again.result == result and journal(run_dir) == events
 
     worse = job_file("worse", tracking={"registered_model": "bot"}, training={"max_steps": 1})
-    second = commands.run("finetune", worse, "--local", "--json")
+    second = commands.call("finetune", worse, "--local", "--json")
     assert second.result["model_version"] == "2"
     assert str(client.get_model_version_by_alias("bot", "champion").version) == "1"
 
@@ -82,7 +84,7 @@ def test_adapter_loads_through_peft(
     from transformers import AutoModelForCausalLM
 
     job = job_file(training={"max_steps": 3}, quantization={"type": "none"}, lora={"rslora": True})
-    result = commands.run("finetune", job, "--local", "--json").result
+    result = commands.call("finetune", job, "--local", "--json").result
     ids = torch.arange(3, 40)[None]
     plain = AutoModelForCausalLM.from_pretrained(chat_model)
     before = plain(ids).logits
@@ -90,44 +92,59 @@ def test_adapter_loads_through_peft(
     assert (adapted(ids).logits - before).abs().max() > 1e-3
 
 
+STEADY: dict[str, dict[str, object]] = {
+    "lora": {"rank": 4, "dropout": 0.1},
+    "training": {"max_steps": 60, "batch_size": 4, "learning_rate": 5e-3, "scheduler": "cosine"},
+}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, chat_model: Path, cache: Path) -> Path:
+    """The run folder of a job that nothing disturbed."""
+    started = Commands(cache)
+    folder = tmp_path_factory.mktemp("undisturbed")
+    job = write_job(folder, chat_model, "whole", **STEADY)
+    ended = started.run("finetune", job, "--local")
+    assert ended.status == 0, ended.err
+    return folder / "runs" / "whole"
+
+
+def _result(run_dir: Path) -> dict[str, Any]:
+    return json.loads((run_dir / "result.json").read_text())
+
+
 def test_killed_anywhere_the_curve_is_the_same(
-    commands: Commands, job_file: JobFile, tmp_path: Path
+    commands: Commands, job_file: JobFile, tmp_path: Path, undisturbed: Path
 ) -> None:
-    options = {"lora": {"rank": 4, "dropout": 0.1}, "training": {"scheduler": "cosine"}}
-    whole = commands.run("finetune", job_file("whole", **options), "--local", "--json")
-    assert whole.status == 0, whole.err
-    job, run_dir = job_file("killed", **options), tmp_path / "runs" / "killed"
+    job, run_dir = job_file("killed", **STEADY), tmp_path / "runs" / "killed"
     checkpoints = run_dir / "checkpoints"
     moments = [
         lambda events: any(e["event"] == "evaluation" for e in events),
         reached(2),
-        lambda events: any(checkpoints.glob(".step-00000003*")) or reached(4)(events),
-        reached(8),
-        lambda events: any(e["event"] == "evaluation" and e["step"] == 12 for e in events),
+        lambda events: any(checkpoints.glob(".step-*")) or reached(20)(events),
+        reached(40),
+        lambda events: any(e["event"] == "evaluation" and e["step"] == 60 for e in events),
     ]
     for moment in moments:
         process = commands.start("finetune", job, "--local")
         wait_for(run_dir, moment, process)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    ended = commands.run("finetune", job, "--local", "--json")
+    ended = commands.call("finetune", job, "--local", "--json")
     assert ended.status == 0, ended.err
-    assert curve(run_dir) == curve(tmp_path / "runs" / "whole")
+    assert curve(run_dir) == curve(undisturbed)
     for key in ("eval_loss", "initial_eval_loss", "train_loss", "tokens", "steps"):
-        assert ended.result[key] == whole.result[key]
+        assert ended.result[key] == _result(undisturbed)[key]
     _assert_delivered_once(run_dir, ended.result["run_id"])
     client = _client(run_dir)
     experiments = [e.experiment_id for e in client.search_experiments()]
-    names = [run.info.run_name for run in client.search_runs(experiments)]
-    assert sorted(names) == ["killed", "whole"]
+    assert [run.info.run_name for run in client.search_runs(experiments)] == ["killed"]
 
 
 def test_damaged_checkpoint_is_named_and_passed_over(
-    commands: Commands, job_file: JobFile, tmp_path: Path
+    commands: Commands, job_file: JobFile, tmp_path: Path, undisturbed: Path
 ) -> None:
-    whole = job_file("whole")
-    assert commands.run("finetune", whole, "--local").status == 0
-    job, run_dir = job_file("cut"), tmp_path / "runs" / "cut"
+    job, run_dir = job_file("cut", **STEADY), tmp_path / "runs" / "cut"
     process = commands.start("finetune", job, "--local")
     wait_for(run_dir, reached(8), process)
     process.send_signal(signal.SIGKILL)
@@ -135,19 +152,16 @@ def test_damaged_checkpoint_is_named_and_passed_over(
     newest = max((run_dir / "checkpoints").glob("step-*"))
     weights = newest / "adapter.safetensors"
     weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
-    ended = commands.run("finetune", job, "--local")
-    assert (
-        ended.status == 0 and "damaged" in ended.err and newest.name in ended.err.replace("\n", "")
-    )
-    assert curve(run_dir) == curve(tmp_path / "runs" / "whole")
+    ended = commands.call("finetune", job, "--local")
+    said = ended.err.replace("\n", "")
+    assert ended.status == 0 and "damaged" in said and newest.name in said
+    assert curve(run_dir) == curve(undisturbed)
 
 
 def test_interrupt_saves_and_says_how_to_go_on(
-    commands: Commands, job_file: JobFile, tmp_path: Path
+    commands: Commands, job_file: JobFile, tmp_path: Path, undisturbed: Path
 ) -> None:
-    whole = job_file("whole", training={"max_steps": 60})
-    assert commands.run("finetune", whole, "--local").status == 0
-    job, run_dir = job_file("stopped", training={"max_steps": 60}), tmp_path / "runs" / "stopped"
+    job, run_dir = job_file("stopped", **STEADY), tmp_path / "runs" / "stopped"
     process = commands.start("finetune", job, "--local", "--json")
     wait_for(run_dir, reached(4), process)
     process.send_signal(signal.SIGINT)
@@ -156,22 +170,22 @@ def test_interrupt_saves_and_says_how_to_go_on(
     assert "same command again" in ended.err
     done = curve(run_dir)[-1][0]
     assert done < 60 and (run_dir / "checkpoints" / f"step-{done:08d}").is_dir()
-    assert commands.run("finetune", job, "--local").status == 0
-    assert curve(run_dir) == curve(tmp_path / "runs" / "whole")
+    assert commands.call("finetune", job, "--local").status == 0
+    assert curve(run_dir) == curve(undisturbed)
 
 
 def test_refusals_come_before_any_work(
     commands: Commands, job_file: JobFile, tmp_path: Path
 ) -> None:
     job = job_file()
-    unknown = commands.run("finetune", job, "--set", "lora.rnak=8", "--local", "--json")
+    unknown = commands.call("finetune", job, "--set", "lora.rnak=8", "--local", "--json")
     assert unknown.status == 2 and "lora.rank" in unknown.err
     assert unknown.result["status"] == "refused"
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"question": "a", "answer": "b"}\n{"question": "a"\n')
-    data = commands.run("finetune", job, "--set", f"data.train={bad}", "--local")
+    data = commands.call("finetune", job, "--set", f"data.train={bad}", "--local")
     assert data.status == 2 and "bad.jsonl:2" in data.err.replace("\n", "")
-    missing = commands.run("finetune", job, "--set", "model.base=./nothing", "--local")
+    missing = commands.call("finetune", job, "--set", "model.base=./nothing", "--local")
     assert missing.status == 2 and "model.base" in missing.err
     assert not list((tmp_path / "runs").glob("*/checkpoints"))
 
@@ -180,10 +194,10 @@ def test_a_run_goes_on_only_with_its_own_settings(
     commands: Commands, job_file: JobFile, tmp_path: Path
 ) -> None:
     job = job_file(training={"max_steps": 4})
-    assert commands.run("finetune", job, "--local").status == 0
-    other = commands.run("finetune", job, "--local", "--set", "lora.rank=8")
+    assert commands.call("finetune", job, "--local").status == 0
+    other = commands.call("finetune", job, "--local", "--set", "lora.rank=8")
     assert other.status == 2 and "lora.rank was 4, is now 8" in other.err.replace("\n", " ")
-    longer = commands.run("finetune", job, "--local", "--json", "--set", "training.max_steps=6")
+    longer = commands.call("finetune", job, "--local", "--json", "--set", "training.max_steps=6")
     assert longer.status == 0 and longer.result["steps"] == 6
     run_dir = tmp_path / "runs" / "tiny"
     assert [step for step, *_ in curve(run_dir)] == [1, 2, 3, 4, 5, 6]
@@ -192,7 +206,7 @@ def test_a_run_goes_on_only_with_its_own_settings(
 
 def test_infinite_loss_fails_with_a_clear_word(commands: Commands, job_file: JobFile) -> None:
     job = job_file(training={"learning_rate": 1e30, "max_grad_norm": None})
-    ended = commands.run("finetune", job, "--local", "--json")
+    ended = commands.call("finetune", job, "--local", "--json")
     assert ended.status == 1 and ended.result["status"] == "failed"
     assert "learning_rate" in ended.err and "loss of step" in ended.err.lower()
 

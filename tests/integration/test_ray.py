@@ -16,7 +16,7 @@ OWN = {"address": "local"}
 @pytest.fixture
 def whole(commands: Commands, job_file: JobFile, tmp_path: Path) -> list[tuple[int, float, float]]:
     job = job_file("whole", training={"max_steps": 40})
-    assert commands.run("finetune", job, "--local").status == 0
+    assert commands.call("finetune", job, "--local").status == 0
     return curve(tmp_path / "runs" / "whole")
 
 

@@ -7,8 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from orchestrator.config import DataConfig, LoraConfig, ModelConfig, QuantizationConfig
-from orchestrator.config import TrainingConfig
+from orchestrator.config import (
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    QuantizationConfig,
+    TrainingConfig,
+)
 from orchestrator.data import Example, prepare
 from orchestrator.model import base as bases
 from orchestrator.model import source, store

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.tracking.champion import becomes_champion
+from orchestrator.tracking.champion import Decision, Version, decide
 from orchestrator.tracking.cursor import Cursor
 from orchestrator.tracking.journal import Journal, read_events
 from orchestrator.tracking.secrets import redact
@@ -97,11 +97,25 @@ def test_what_is_no_secret_stays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("new", "present", "wins"),
-    [(1.0, 2.0, True), (2.0, 2.0, False), (3.0, 2.0, False), (1.0, None, True),
-     (None, 2.0, False), (None, None, False), (math.nan, 2.0, False), (1.0, math.nan, True)],
-)  # fmt: skip
+    [
+        (1.0, 2.0, True),
+        (2.0, 2.0, False),
+        (3.0, 2.0, False),
+        (1.0, None, True),
+        (None, 2.0, False),
+        (None, None, False),
+        (math.nan, 2.0, False),
+        (1.0, math.nan, True),
+    ],
+)
 def test_champion(new: float | None, present: float | None, wins: bool) -> None:
-    assert becomes_champion(new, present) is wins
+    decision = decide(Version("2", new), Version("1", present))
+    assert decision is (Decision.PROMOTE if wins else Decision.KEEP)
+
+
+def test_the_first_version_is_champion_and_stays_its_own() -> None:
+    assert decide(Version("1", None), None) is Decision.PROMOTE
+    assert decide(Version("1", 1.0), Version("1", 2.0)) is Decision.KEEP
 
 
 def test_cursor_keeps_its_key(tmp_path: Path) -> None:

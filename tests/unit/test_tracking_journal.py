@@ -6,21 +6,19 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import places
 from orchestrator.errors import OrchestratorError
 from orchestrator.tracking import observer
 from orchestrator.tracking.cursor import Cursor
-from orchestrator.tracking.journal import Journal, journal_path, read_events
+from orchestrator.tracking.journal import Journal, read_events
 
 
 def names(path: Path) -> list[str]:
     return [event["event"] for event, _ in read_events(path)]
 
 
-def test_files_bear_the_names_the_command_uses(tmp_path: Path) -> None:
-    assert journal_path(tmp_path) == places.journal_path(tmp_path)
+def test_the_wish_to_stop_is_a_file(tmp_path: Path) -> None:
     assert not observer.StopOnly(tmp_path).stop_requested()
-    places.stop_path(tmp_path).touch()
+    observer.stop_path(tmp_path).touch()
     assert observer.StopOnly(tmp_path).stop_requested()
 
 
@@ -123,6 +121,7 @@ def test_cursor_keeps_its_key_and_starts_again_for_another_store(tmp_path: Path)
     assert Cursor.peek(tmp_path) is None and not list(tmp_path.iterdir())
     cursor = Cursor.load(tmp_path)
     assert Cursor.load(tmp_path) == cursor
+    assert {p.name for p in tmp_path.iterdir()} == {".delivery.json", ".run_key"}
     moved = Cursor(cursor.run_key, "a", "id", 40, {"adapter": "x"}, "3")
     moved.save(tmp_path)
     assert Cursor.load(tmp_path) == moved
@@ -131,10 +130,17 @@ def test_cursor_keeps_its_key_and_starts_again_for_another_store(tmp_path: Path)
     assert moved.over("a", 39) == Cursor(cursor.run_key, "a")
 
 
-def test_a_damaged_cursor_is_named_and_not_replaced(tmp_path: Path) -> None:
+def test_a_damaged_or_lost_cursor_starts_again_with_the_same_key(tmp_path: Path) -> None:
     path = tmp_path / ".delivery.json"
-    for damage in ("", "{", "[]"):
+    key = Cursor.load(tmp_path).run_key
+    for damage in ("", "{", "[]", "\0\0"):
         path.write_text(damage)
-        with pytest.raises(OrchestratorError, match=r"\.delivery\.json"):
-            Cursor.load(tmp_path)
-        assert path.read_text() == damage
+        assert Cursor.load(tmp_path) == Cursor(key) == Cursor.load(tmp_path)
+    path.unlink()
+    assert Cursor.load(tmp_path) == Cursor(key)
+
+
+def test_a_cursor_that_the_disk_refuses_is_named(tmp_path: Path) -> None:
+    (tmp_path / ".delivery.json").mkdir()
+    with pytest.raises(OrchestratorError, match=r"\.delivery\.json"):
+        Cursor.load(tmp_path)

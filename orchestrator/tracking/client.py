@@ -1,0 +1,45 @@
+"""A client of a job's MLflow store, and what its errors mean. Imports MLflow when called."""
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from orchestrator.config import JobConfig
+from orchestrator.tracking.store import tracking_uri
+
+# MLflow repeats a failed request seven times over four minutes, and a repeated "create run" whose
+# answer was lost makes a second run. Delivery itself tries again, and looks before it creates.
+_PATIENCE = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+_TALKATIVE = ("mlflow", "alembic")
+
+
+def connect(job: JobConfig) -> Any:
+    """An `MlflowClient` of the job's store; what the user set in the environment stays."""
+    for name, value in _PATIENCE.items():
+        os.environ.setdefault(name, value)
+    from mlflow import MlflowClient
+
+    # After the import, which sets MLflow's own levels.
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    uri = tracking_uri(job)
+    if uri.startswith("sqlite:///"):
+        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def complaint(error: Exception) -> str | None:
+    """What an error of MLflow's means for the user; None for one that is no matter of MLflow's."""
+    mlflow, database = sys.modules.get("mlflow.exceptions"), sys.modules.get("sqlalchemy.exc")
+    if mlflow is not None and isinstance(error, mlflow.MlflowException):
+        status = error.get_http_status_code()
+        return "does not answer" if status >= 500 or status == 429 else "refuses what it is sent"
+    if database is not None and isinstance(error, database.OperationalError):
+        return "does not answer"
+    return "cannot be reached" if isinstance(error, OSError) else None

@@ -1,0 +1,166 @@
+"""Events become an MLflow run. Every call may be repeated and changes nothing the second time."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+
+from orchestrator.config import JobConfig
+from orchestrator.tracking import registry, report, runs, values
+from orchestrator.tracking.cursor import Cursor
+from orchestrator.tracking.journal import journal_path, read_events
+from orchestrator.tracking.secrets import redact
+
+_STATUSES = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
+# MLflow takes 1,000 metrics and 100 parameters or tags at a time.
+_METRICS_AT_A_TIME = 500
+_PARAMETERS_AT_A_TIME = 100
+_LONGEST_DIGEST = 36
+_LONGEST_DATASET_NAME = 500
+
+Event = Mapping[str, Any]
+
+
+class Replay:
+    """Delivers events of one run to its place in MLflow.
+
+    `cursor` holds what was learnt on the way; it is saved when a repetition would be dear.
+    """
+
+    def __init__(self, client: MlflowClient, job: JobConfig, run_dir: Path, cursor: Cursor) -> None:
+        self.cursor = cursor
+        self._client, self._job, self._run_dir = client, job, run_dir
+        self._run_id = str(cursor.run_id)
+        self._handlers = {
+            "start": self._start,
+            "adapter": self._adapter,
+            "finish": self._finish,
+        }
+
+    def deliver(self, events: Sequence[Event]) -> None:
+        """Deliver events in the journal's order."""
+        self._log_metrics(events)
+        if any(event["event"] == "sample" for event in events):
+            self._log_samples()
+        for event in events:
+            handler = self._handlers.get(event["event"])
+            if handler is not None:
+                handler(event)
+
+    def _log_metrics(self, events: Sequence[Event]) -> None:
+        metrics = [Metric(*reading) for event in events for reading in values.readings(event)]
+        for first in range(0, len(metrics), _METRICS_AT_A_TIME):
+            chunk = metrics[first : first + _METRICS_AT_A_TIME]
+            self._client.log_batch(self._run_id, metrics=chunk, synchronous=True)
+        self._set_tags(
+            {name: tag for event in events for name, tag in values.broken(event).items()}
+        )
+
+    def _start(self, event: Event) -> None:
+        self._client.update_run(self._run_id, status="RUNNING")
+        self._log_parameters()
+        base, environment = event.get("base", {}), event.get("environment", {})
+        described = ("device", "workers", "trainable_parameters")
+        self._set_tags(
+            {
+                **{f"base.{name}": value for name, value in base.items()},
+                **{name: event[name] for name in described if name in event},
+                **{f"environment.{name}": value for name, value in environment.items()},
+            }
+        )
+        if "dataset" in event:
+            self._log_dataset(event["dataset"])
+        shown = {name: values.text(value) for name, value in environment.items()}
+        self._client.log_dict(self._run_id, shown, "environment.json")
+        if (self._run_dir / "job.yaml").exists():
+            text = redact((self._run_dir / "job.yaml").read_text())
+            self._client.log_text(self._run_id, text, "job.yaml")
+
+    def _log_parameters(self) -> None:
+        """MLflow's parameters never change; one that did since the run began becomes a tag."""
+        wanted, run = values.parameters(self._job), self._client.get_run(self._run_id).data
+        fresh = [Param(name, value) for name, value in wanted.items() if name not in run.params]
+        for first in range(0, len(fresh), _PARAMETERS_AT_A_TIME):
+            chunk = fresh[first : first + _PARAMETERS_AT_A_TIME]
+            self._client.log_batch(self._run_id, params=chunk, synchronous=True)
+        self._set_tags(
+            {
+                f"changed.{name}": value
+                for name, value in wanted.items()
+                if run.params.get(name, value) != value or f"changed.{name}" in run.tags
+            }
+        )
+
+    def _log_dataset(self, dataset: Mapping[str, Any]) -> None:
+        source = values.text(dataset.get("name", "unknown"))
+        counts = {name: value for name, value in dataset.items() if name not in ("name", "digest")}
+        entity = Dataset(
+            name=Path(source).name[:_LONGEST_DATASET_NAME] or "data",
+            digest=str(dataset.get("digest", "unknown"))[:_LONGEST_DIGEST],
+            source_type="local",
+            source=json.dumps({"uri": source}),
+            profile=redact(json.dumps(counts, default=str)),
+        )
+        context = InputTag("mlflow.data.context", "training")
+        self._client.log_inputs(self._run_id, [DatasetInput(entity, [context])])
+
+    def _adapter(self, event: Event) -> None:
+        folder, eval_loss = Path(event["path"]), event.get("eval_loss")
+        if not folder.is_dir():
+            self._set_tags({"adapter.missing": f"{folder} was gone when it was to be delivered"})
+            return
+        fingerprint = _fingerprint(folder)
+        if self.cursor.uploaded.get("adapter") != fingerprint:
+            self._client.log_artifacts(self._run_id, str(folder), "adapter")
+            self._keep(uploaded={**self.cursor.uploaded, "adapter": fingerprint})
+        self._set_tags({f"proof.{k}": value for k, value in (event.get("proof") or {}).items()})
+        name = self._job.tracking.registered_model
+        if name is not None:
+            about = {"step": event.get("step"), "base": self._job.model.base, "job": self._job.name}
+            tags = {key: values.text(value) for key, value in about.items()}
+            version = registry.register(self._client, name, self._run_id, eval_loss, tags)
+            self._keep(model_version=version)
+
+    def _finish(self, event: Event) -> None:
+        figure = report.loss_curve(self._journal(), self._job.name)
+        if figure is not None:
+            self._client.log_figure(self._run_id, figure, "plots/loss.png")
+        if event.get("error"):
+            self._set_tags({"error": event["error"]})
+        runs.remove_doubles(self._client, self._run_id, self.cursor.run_key)
+        status = _STATUSES.get(event.get("status", ""), "FAILED")
+        self._client.set_terminated(self._run_id, status, values.milliseconds(event))
+
+    def _log_samples(self) -> None:
+        """The whole table each time: MLflow's own `log_table` appends, and would double rows."""
+        table = report.sample_table(self._journal())
+        if table is not None:
+            self._client.log_dict(self._run_id, table, "samples.json")
+            shown = [{"path": "samples.json", "type": "table"}]
+            self._client.set_tag(self._run_id, "mlflow.loggedArtifacts", json.dumps(shown))
+
+    def _set_tags(self, tags: Mapping[str, Any]) -> None:
+        items = [RunTag(values.key(k), values.text(value)) for k, value in tags.items()]
+        for first in range(0, len(items), _PARAMETERS_AT_A_TIME):
+            chunk = items[first : first + _PARAMETERS_AT_A_TIME]
+            self._client.log_batch(self._run_id, tags=chunk, synchronous=True)
+
+    def _journal(self) -> list[dict[str, Any]]:
+        return [event for event, _ in read_events(journal_path(self._run_dir))]
+
+    def _keep(self, **learnt: Any) -> None:
+        self.cursor = replace(self.cursor, **learnt)
+        self.cursor.save(self._run_dir)
+
+
+def _fingerprint(folder: Path) -> str:
+    """Changes when a file of the folder does; reads names, sizes and times only."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    stats = [(path, path.stat()) for path in files]
+    lines = [f"{p.relative_to(folder)} {s.st_size} {s.st_mtime_ns}" for p, s in stats]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
