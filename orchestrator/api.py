@@ -17,6 +17,7 @@ from orchestrator.identity import changed_keys
 from orchestrator.jobfile import dump_job, job_from_mapping, load_job
 from orchestrator.places import cache_dir
 from orchestrator.quiet import quiet_libraries
+from orchestrator.tracking.cursor import Cursor
 from orchestrator.tracking.delivery import Delivery, deliver_pending
 from orchestrator.tracking.journal import journal_path, read_events
 from orchestrator.tracking.observer import JournalObserver, stop_path
@@ -199,8 +200,11 @@ def _finished(job: JobConfig, run_dir: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, OrchestratorError):
         return None
     same = (before.max_steps, before.epochs) == (job.training.max_steps, job.training.epochs)
-    whole = same and results.get("status") == "finished" and Path(results["adapter"]).is_dir()
-    return results if whole else None
+    if not (same and results.get("status") == "finished" and Path(results["adapter"]).is_dir()):
+        return None
+    # MLflow may have taken the run only after its command had ended.
+    cursor = Cursor.load(run_dir)
+    return {**results, "run_id": cursor.run_id, "model_version": cursor.model_version}
 
 
 def _count_starts(run_dir: Path) -> int:

@@ -62,7 +62,8 @@ def _trainer(job: JobConfig, run_dir: Path, plan: WorkerPlan) -> TorchTrainer:
             "job": job,
             "run_dir": str(run_dir),
             "working_dir": os.getcwd(),
-            "threads": plan.threads,
+            # Who sets OMP_NUM_THREADS means it; Ray would set it to the worker's CPUs.
+            "threads": int(os.environ.get("OMP_NUM_THREADS") or plan.threads),
         },
         torch_config=TorchConfig(backend="nccl" if plan.gpus else "gloo"),
         scaling_config=ray.train.ScalingConfig(

@@ -47,8 +47,16 @@ class Delivery:
     own libraries, and two threads in one library's imports can trip over each other.
     """
 
-    def __init__(self, job: JobConfig, run_dir: Path, say: Say) -> None:
-        self._job, self._run_dir, self._say = job, run_dir, say
+    def __init__(self, job: JobConfig, run_dir: Path, say: Say, patient: bool = True) -> None:
+        """Of one run.
+
+        Args:
+            job: names the store, the experiment and the model.
+            run_dir: holds the journal.
+            say: is told what the user should know.
+            patient: try until `close`; otherwise end as soon as MLflow is known to be away.
+        """
+        self._job, self._run_dir, self._say, self._patient = job, run_dir, say, patient
         self._cursor: Cursor | None = None
         self._replay: Any = None
         self._closing = threading.Event()
@@ -61,6 +69,11 @@ class Delivery:
     def run_id(self) -> str | None:
         """The MLflow run, once it is known."""
         return self._cursor.run_id if self._cursor else None
+
+    @property
+    def away(self) -> bool:
+        """Whether the user was told that MLflow is away, and it has not come back since."""
+        return self._told
 
     def start(self) -> None:
         """Begin in the background."""
@@ -122,6 +135,8 @@ class Delivery:
                 if (word := complaint(error)) is None:
                     raise
                 self._tell_away(word, error)
+                if self._told and not self._patient:
+                    return
                 pause = min(0.5 * 2**self._failures, _LONGEST_PAUSE)
                 if closing:
                     pause = min(pause, _POLL_SECONDS)
@@ -200,19 +215,20 @@ def deliver_pending(job: JobConfig, run_dir: Path, say: Say, timeout: float) -> 
     from orchestrator.tracking.earlier import earlier_job, is_finished
 
     end = time.monotonic() + timeout
+    answers = True
     for path in sorted(run_dir.parent.glob("*/journal.jsonl")):
         folder, left = path.parent, end - time.monotonic()
-        if left <= 0:
+        if left <= 0 or not answers:
             return
         try:
             if not count_pending(folder, Cursor.peek(folder)):
                 continue
             if folder != run_dir:
                 with FileLock(folder / ".lock", blocking=False):
-                    _deliver_now(earlier_job(folder, job), folder, say, left)
+                    answers = _deliver_now(earlier_job(folder, job), folder, say, left)
             elif is_finished(path):
                 # A run that goes on delivers its own journal.
-                _deliver_now(job, folder, say, left)
+                answers = _deliver_now(job, folder, say, left)
         except Timeout:
             # Another command is at work on it.
             continue
@@ -227,7 +243,9 @@ def count_pending(run_dir: Path, cursor: Cursor | None) -> int:
     return sum(1 for _ in read_events(path, offset)) if path.exists() else 0
 
 
-def _deliver_now(job: JobConfig, folder: Path, say: Say, timeout: float) -> None:
-    delivery = Delivery(job, folder, say)
+def _deliver_now(job: JobConfig, folder: Path, say: Say, timeout: float) -> bool:
+    """Whether MLflow answered."""
+    delivery = Delivery(job, folder, say, patient=False)
     delivery.start()
     delivery.close(timeout)
+    return not delivery.away

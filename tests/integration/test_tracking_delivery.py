@@ -262,6 +262,17 @@ def test_an_answer_that_is_lost_makes_no_second_run(
     assert sorted(steps_in(client_of(job), report.run_id)) == [1, 2, 3, 4, 5]
 
 
+def test_two_deliveries_at_once_make_one_run(tmp_path: Path) -> None:
+    job = make_job(tmp_path)
+    write_run(job)
+    both = [Delivery(job, job.run_dir, lambda line: None) for _ in range(2)]
+    for delivery in both:
+        delivery.start()
+    reports = [delivery.close(SECONDS) for delivery in both]
+    assert len(runs_of(job)) == 1 and {r.pending for r in reports} == {0}
+    assert len(steps_in(client_of(job), reports[0].run_id)) == 5
+
+
 def test_what_cannot_go_on_is_said_once(tmp_path: Path) -> None:
     job, said = make_job(tmp_path), list[str]()
     write_run(job)
@@ -361,11 +372,17 @@ def test_a_server_that_comes_and_goes_loses_and_doubles_nothing(
         assert time.monotonic() - began < 6
     assert report.run_id and report.pending == 3 and "3 events of bot wait" in said[-1]
 
-    server.start()
     other = make_job(tmp_path, "other", uri=uri)
-    deliver_pending(other, other.run_dir, said.append, SECONDS)
+    write_run(other)
+    began, heard = time.monotonic(), len(said)
+    third = make_job(tmp_path, "third", uri=uri)
+    deliver_pending(third, third.run_dir, said.append, SECONDS)
+    assert time.monotonic() - began < 10, "a server that is away does not hold up a command"
+    assert len(said) == heard + 2, "nor is the user told once for each run that waits"
+    server.start()
+    deliver_pending(third, third.run_dir, said.append, SECONDS)
     client = client_of(job)
-    assert [run.info.run_id for run in runs_of(job)] == [report.run_id]
+    assert sorted(run.info.run_name for run in runs_of(job)) == ["bot", "other"]
     assert sorted(steps_in(client, report.run_id)) == list(range(1, 41))
     run = client.get_run(report.run_id)
     assert run.info.status == "FINISHED" and run.data.metrics["eval_loss"] == 2.0
