@@ -17,9 +17,6 @@ from orchestrator.tracking.journal import journal_path, read_events
 from orchestrator.tracking.secrets import redact
 
 _STATUSES = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
-# MLflow takes 1,000 metrics and 100 parameters or tags at a time.
-_METRICS_AT_A_TIME = 500
-_PARAMETERS_AT_A_TIME = 100
 _LONGEST_DIGEST = 36
 _LONGEST_DATASET_NAME = 500
 
@@ -54,9 +51,8 @@ class Replay:
 
     def _log_metrics(self, events: Sequence[Event]) -> None:
         metrics = [Metric(*reading) for event in events for reading in values.readings(event)]
-        for first in range(0, len(metrics), _METRICS_AT_A_TIME):
-            chunk = metrics[first : first + _METRICS_AT_A_TIME]
-            self._client.log_batch(self._run_id, metrics=chunk, synchronous=True)
+        # The client cuts what is too long for one request, here and below.
+        self._client.log_batch(self._run_id, metrics=metrics, synchronous=True)
         self._set_tags(
             {name: tag for event in events for name, tag in values.broken(event).items()}
         )
@@ -85,9 +81,7 @@ class Replay:
         """MLflow's parameters never change; one that did since the run began becomes a tag."""
         wanted, run = values.parameters(self._job), self._client.get_run(self._run_id).data
         fresh = [Param(name, value) for name, value in wanted.items() if name not in run.params]
-        for first in range(0, len(fresh), _PARAMETERS_AT_A_TIME):
-            chunk = fresh[first : first + _PARAMETERS_AT_A_TIME]
-            self._client.log_batch(self._run_id, params=chunk, synchronous=True)
+        self._client.log_batch(self._run_id, params=fresh, synchronous=True)
         self._set_tags(
             {
                 f"changed.{name}": value
@@ -146,9 +140,7 @@ class Replay:
 
     def _set_tags(self, tags: Mapping[str, Any]) -> None:
         items = [RunTag(values.key(k), values.text(value)) for k, value in tags.items()]
-        for first in range(0, len(items), _PARAMETERS_AT_A_TIME):
-            chunk = items[first : first + _PARAMETERS_AT_A_TIME]
-            self._client.log_batch(self._run_id, tags=chunk, synchronous=True)
+        self._client.log_batch(self._run_id, tags=items, synchronous=True)
 
     def _journal(self) -> list[dict[str, Any]]:
         return [event for event, _ in read_events(journal_path(self._run_dir))]

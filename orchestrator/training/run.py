@@ -51,6 +51,17 @@ class _Run:
         return {"base": self.entry.name, "data": self.data.digest}
 
 
+@dataclass(frozen=True)
+class _Claim:
+    """What the trained model says to one example, and where its adapter lies."""
+
+    adapter: Path
+    entry: Path
+    dtype: torch.dtype
+    ids: torch.Tensor
+    logits: torch.Tensor
+
+
 def run(
     job: JobConfig, folder: Path, cache_dir: Path, world: World, observer: Observer
 ) -> dict[str, Any]:
@@ -85,7 +96,21 @@ def run(
     if state.progress.eval_step != state.progress.step:
         _evaluate(state)
     _sample(state, "after")
-    return _finish(state, device)
+    results, step = _results(state, device), state.progress.step
+    if not world.leads:
+        return results
+    claim = _save_adapter(state)
+    # On a GPU that holds one base, the trained one must go before a fresh one is loaded.
+    del state
+    proof = _prove(claim, device)
+    observer.emit(
+        "adapter",
+        step=step,
+        path=results["adapter"],
+        eval_loss=results["eval_loss"],
+        proof=proof,
+    )
+    return results
 
 
 def _open(
@@ -244,12 +269,11 @@ def _save(state: _Run) -> None:
     )
 
 
-def _finish(state: _Run, device: torch.device) -> dict[str, Any]:
-    """Save the adapter, free the trained model, prove the adapter over a fresh base."""
-    progress, adapter_dir = state.progress, state.folder / "adapter"
+def _results(state: _Run, device: torch.device) -> dict[str, Any]:
+    progress = state.progress
     if progress.step == 0:
         raise TrainingError("No step was trained, so there is no adapter")
-    results = {
+    return {
         "steps": progress.step,
         "tokens": progress.tokens,
         "initial_eval_loss": progress.initial_eval_loss,
@@ -258,31 +282,26 @@ def _finish(state: _Run, device: torch.device) -> dict[str, Any]:
         "tokens_per_second": progress.tokens_per_second,
         "peak_memory_bytes": memory.peak_bytes(device),
         "workers": state.world.size,
-        "adapter": str(adapter_dir),
+        "adapter": str(state.folder / "adapter"),
     }
-    if not state.world.leads:
-        return results
+
+
+def _save_adapter(state: _Run) -> _Claim:
+    """Save the adapter, and keep what the trained model says so that it can be proved."""
     base, adapter = state.engine.base, state.tenant.adapter
-    export.save_adapter(adapter, base, state.job.model.base, adapter_dir)
+    export.save_adapter(adapter, base, state.job.model.base, state.folder / "adapter")
     example = _shortest(state.data.validation or state.data.train)
     ids, logits = export.proof_logits(base, state.engine.adapters, adapter, example)
-    dtype, entry, observer = base.dtype, state.entry, state.observer
-    del base, adapter
-    # On a GPU that holds one base, the trained one must go before a fresh one is loaded.
-    state.__dict__.pop("engine")
-    state.__dict__.pop("tenant")
+    return _Claim(state.folder / "adapter", state.entry, base.dtype, ids, logits)
+
+
+def _prove(claim: _Claim, device: torch.device) -> dict[str, float]:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    proof = export.prove_adapter(adapter_dir, entry, device, dtype, ids, logits)
-    observer.emit(
-        "adapter",
-        step=progress.step,
-        path=str(adapter_dir),
-        eval_loss=progress.eval_loss,
-        proof=proof,
+    return export.prove_adapter(
+        claim.adapter, claim.entry, device, claim.dtype, claim.ids, claim.logits
     )
-    return results
 
 
 def _shortest(dataset: EncodedDataset) -> Any:
