@@ -1,7 +1,6 @@
 """The loop's observer: events go to the journal, the wish to stop comes from a file."""
 
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from orchestrator.tracking.journal import Journal, journal_path
@@ -30,12 +29,7 @@ class JournalObserver:
     def __enter__(self) -> "JournalObserver":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._journal.close()
 
 
