@@ -70,7 +70,7 @@ def ui(job: str, overrides: tuple[str, ...], port: int) -> None:
     from orchestrator.jobfile import load_job
     from orchestrator.tracking.secrets import redact
     from orchestrator.tracking.store import tracking_uri
-    from orchestrator.tracking.ui import ui_command
+    from orchestrator.tracking.ui import STORE_VARIABLE, ui_command
 
     try:
         resolved = load_job(job, overrides)
@@ -81,7 +81,7 @@ def ui(job: str, overrides: tuple[str, ...], port: int) -> None:
         click.echo(f"The UI is at {redact(tracking_uri(resolved))}")
         return
     click.echo(f"MLflow UI: http://127.0.0.1:{port} (Ctrl-C ends it)", err=True)
-    os.execv(command[0], command)
+    os.execve(command[0], command, {**os.environ, STORE_VARIABLE: tracking_uri(resolved)})
 
 
 def _end(status: int, message: str, as_json: bool, job: str) -> NoReturn:
