@@ -16,7 +16,7 @@ from pathlib import Path
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-TOPICS = ("ai", "computers", "food", "history", "literature", "psychology", "science", "sports")
+TOPICS = ("computers", "food", "history", "literature", "movies", "psychology", "science", "sports")
 LONGEST = 300
 
 
