@@ -16,7 +16,7 @@ def keep_freed_memory() -> None:
     """Let glibc hand freed blocks out again instead of returning them to the kernel.
 
     On a CPU every activation is freed and allocated again in each layer; without this the kernel
-    zeroes the same pages again and again, a fifth of a step here.
+    zeroes the same pages again and again: some 5% of a step on two cores.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
