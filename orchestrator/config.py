@@ -4,6 +4,7 @@ Knows the job file's keys and what each may hold; imports neither torch nor Ray.
 defaults, then the file, then the command line. Nothing changes a config after it is made.
 """
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -42,6 +43,8 @@ def _target_modules(value: Any) -> Any:
 
 
 def _validation(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("give a share such as 0.05, a path or hub id, or null")
     if value is None or value == 0:
         return None
     if isinstance(value, float) and 0 < value < 1:
@@ -71,7 +74,7 @@ def _workers(value: Any) -> Any:
 
 def _auto_or_share(value: Any) -> Any:
     if value == "auto" or (
-        isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
+        isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
     ):
         return value
     raise ValueError("give 'auto' or a number of GPUs, 0 or more")

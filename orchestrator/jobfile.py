@@ -1,22 +1,33 @@
-"""Reading a job file: YAML with line numbers, overrides, and errors a person can act on."""
+"""Reading a job file: YAML with line numbers, overrides, and errors a person can act on.
 
+No message repeats what may hold a password: a text with a URI in it, or a text under `tracking`.
+"""
+
+import datetime
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from io import StringIO
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
-from ruamel.yaml.comments import CommentedMap
+from ruamel.yaml.comments import CommentedMap, TaggedScalar
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.reader import ReaderError
+from ruamel.yaml.scalarbool import ScalarBoolean
+from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from orchestrator.config import JobConfig
 from orchestrator.errors import JobFileError
 
 _Path = tuple[str | int, ...]
+_Fault = tuple[int, str, str]
+# Overrides are listed after the file's own faults, in the order they were given in.
+_AFTER_THE_FILE = 10**9
 
 
 @dataclass
@@ -25,25 +36,36 @@ class _Places:
 
     file: str
     tree: Any
-    overrides: dict[_Path, str] = field(default_factory=dict)
+    overrides: dict[_Path, tuple[int, str]] = field(default_factory=dict)
 
     def find(self, path: _Path) -> tuple[int, str]:
         """A sort key and the words for the place of a key or, failing that, of its section."""
         for length in range(len(path), 0, -1):
             if path[:length] in self.overrides:
-                return 10**9, self.overrides[path[:length]]
-        line = self._line(path)
+                return self.overrides[path[:length]]
+        line, in_file = self._line(path)
+        if path and not in_file:
+            for deeper, place in self.overrides.items():
+                if deeper[: len(path)] == path:
+                    return place
         return line, f"{self.file}:{line}" if line else self.file
 
-    def _line(self, path: _Path) -> int:
+    def overridden(self, path: _Path, place: tuple[int, str]) -> None:
+        """From here on a key, and all that is below it, comes from an override."""
+        kept = {old: p for old, p in self.overrides.items() if old[: len(path)] != path}
+        self.overrides = {**kept, path: place}
+
+    def _line(self, path: _Path) -> tuple[int, bool]:
+        """The line of a key or of the nearest section around it, and whether the key is there."""
         node, line = self.tree, 1 if isinstance(self.tree, CommentedMap) else 0
         for part in path:
-            if isinstance(node, CommentedMap) and part in node:
-                line = node.lc.key(part)[0] + 1 if part in node.lc.data else line
-                node = node[part]
-            else:
-                break
-        return line
+            keys = {str(key): key for key in node} if isinstance(node, CommentedMap) else {}
+            if part not in keys:
+                return line, False
+            key = keys[str(part)]
+            line = node.lc.key(key)[0] + 1 if key in node.lc.data else line
+            node = node[key]
+        return line, True
 
 
 def load_job(path: Path | str, overrides: Sequence[str] = ()) -> JobConfig:
@@ -62,7 +84,8 @@ def load_job(path: Path | str, overrides: Sequence[str] = ()) -> JobConfig:
     file = Path(path)
     tree = _parse(_text(file), str(file))
     places = _Places(str(file), tree)
-    return _validate(_override(_plain(tree), overrides, places), places)
+    content = _plain(tree)
+    return _validate(content, places, _override(content, overrides, places))
 
 
 def job_from_mapping(mapping: Mapping[str, Any]) -> JobConfig:
@@ -71,7 +94,7 @@ def job_from_mapping(mapping: Mapping[str, Any]) -> JobConfig:
     Raises:
         JobFileError: a key or value is not allowed.
     """
-    return _validate(_plain(mapping), _Places("job", mapping))
+    return _validate(_plain(mapping), _Places("job", mapping), [])
 
 
 def dump_job(job: JobConfig) -> str:
@@ -79,7 +102,7 @@ def dump_job(job: JobConfig) -> str:
     stream = StringIO()
     yaml = YAML()
     yaml.default_flow_style = False
-    yaml.dump(_plain(job.model_dump(mode="json", exclude_none=False)), stream)
+    yaml.dump(_quoted(job.model_dump(mode="json")), stream)
     return stream.getvalue()
 
 
@@ -98,13 +121,8 @@ def _text(file: Path) -> str:
 def _parse(text: str, file: str) -> CommentedMap:
     try:
         tree = YAML().load(text)
-    except MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f"{file}:{mark.line + 1}:{mark.column + 1}" if mark else file
-        problem = (error.problem or error.context or "not valid YAML").splitlines()[0]
-        raise JobFileError(f"{place}: {problem}") from None
     except YAMLError as error:
-        raise JobFileError(f"{file}: not valid YAML: {error}") from None
+        raise JobFileError(f"{file}{_mark(error, text)}: {_problem(error)}") from None
     if tree is None:
         raise JobFileError(
             f"{file}: the file is empty; it needs at least name, model.base, data.train"
@@ -114,112 +132,223 @@ def _parse(text: str, file: str) -> CommentedMap:
     return tree
 
 
+def _mark(error: YAMLError, text: str) -> str:
+    """`:line:column` of a fault in the YAML, if known."""
+    if isinstance(error, ReaderError):
+        before = text[: error.position].split("\n")
+        return f":{len(before)}:{len(before[-1]) + 1}"
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    return f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+
+
+def _problem(error: YAMLError) -> str:
+    """What is wrong with the YAML, in one line, without a value of the file."""
+    if isinstance(error, MarkedYAMLError):
+        said = ", ".join(part for part in (error.context, error.problem) if part)
+        said = said.partition(" with value ")[0]  # of a key that stands there twice
+    else:
+        said = str(error)
+    said = (said or "not valid YAML").splitlines()[0]
+    return re.sub(r"(['\"]).*\1", lambda quoted: _safe(quoted[0]), said)
+
+
 def _plain(value: Any) -> Any:
     """The same content in Python's own types."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    for kind in (bool, int, float, str):
-        if isinstance(value, kind):
-            return kind(value)
-    return value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, ScalarBoolean):
+        return bool(value)
+    kind = next((k for k in (bool, int, float, str) if isinstance(value, k)), None)
+    return kind(value) if kind else value
 
 
-def _override(content: dict[str, Any], overrides: Sequence[str], places: _Places) -> dict[str, Any]:
-    for text in overrides:
+def _quoted(value: Any) -> Any:
+    """Quote texts with characters that YAML would fold or drop."""
+    if isinstance(value, dict):
+        return {_quoted(key): _quoted(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_quoted(item) for item in value]
+    odd = isinstance(value, str) and not value.isprintable()
+    return DoubleQuotedScalarString(value) if odd else value
+
+
+def _override(content: Any, overrides: Sequence[str], places: _Places) -> list[_Fault]:
+    """Write the overrides into the content; those that cannot be written are faults."""
+    faults = []
+    for number, text in enumerate(overrides):
+        place = (_AFTER_THE_FILE + number, f"--set {_shown_override(text)}")
         key, equals, value = text.partition("=")
-        place = f"--set {_hide(key, text)}"
-        if not equals or not key:
-            raise JobFileError(f"{place}: give KEY=VALUE, such as lora.rank=8")
-        path = tuple(key.split("."))
+        path = _split(key)
+        if not equals or not all(path):
+            faults.append((*place, "give KEY=VALUE, such as lora.rank=8"))
+            continue
         try:
             parsed = _plain(YAML(typ="safe", pure=True).load(value))
         except YAMLError as error:
-            raise JobFileError(f"{place}: the value is not valid YAML: {error}") from None
-        node = content
-        for part in path[:-1]:
-            if not isinstance(node.get(part), dict):
-                node[part] = {}
-            node = node[part]
-        node[path[-1]] = parsed
-        places.overrides[path] = place
-    return content
+            faults.append((*place, f"the value is not valid YAML: {_problem(error)}"))
+            continue
+        blocked = _write(content, path, parsed)
+        if blocked:
+            faults.append((*place, f"{_dotted(blocked)} holds a value, so it has no keys to set"))
+        else:
+            places.overridden(path, place)
+    return faults
 
 
-def _hide(key: str, text: str) -> str:
-    return f"{key}=..." if key == "tracking.uri" else text
+def _split(key: str) -> tuple[str, ...]:
+    """The parts of a dotted key; below a free mapping all the rest is one key."""
+    parts = key.split(".")
+    for length in range(1, len(parts)):
+        if _is_free(tuple(parts[:length])):
+            return (*parts[:length], ".".join(parts[length:]))
+    return tuple(parts)
 
 
-def _validate(content: dict[str, Any], places: _Places) -> JobConfig:
+def _write(content: Any, path: tuple[str, ...], value: Any) -> tuple[str, ...]:
+    """Set a key, making sections that are absent or null; returns the path in the way, if any."""
+    node = content
+    for depth, part in enumerate(path[:-1], start=1):
+        if node.get(part) is None:
+            node[part] = {}
+        node = node[part]
+        if not isinstance(node, dict):
+            return path[:depth]
+    node[path[-1]] = value
+    return ()
+
+
+def _shown_override(text: str) -> str:
+    """An override as a message may repeat it: a mistyped `tracking` hides its value too."""
+    head = re.split(r"[.=]", text, maxsplit=1)[0]
+    if _safe(text) == text and head != "tracking" and head in _allowed(()):
+        return text
+    key = re.match(r"[\w.-]*", text)
+    return f"{key[0] if key else ''}=..."
+
+
+def _shown(path: _Path, value: Any) -> str:
+    """A value as the file would write it, if a message may repeat it."""
+    if isinstance(value, TaggedScalar):
+        return "a tagged value"
+    if isinstance(value, datetime.date):
+        return value.isoformat()
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if path[:1] == ("tracking",) and not isinstance(value, (int, float)):
+        return "that value"
+    return _safe(repr(value), "that value")
+
+
+def _safe(text: str, instead: str = "...") -> str:
+    return instead if re.search(r"://|@", text) else text
+
+
+def _dotted(path: _Path) -> str:
+    return ".".join(_safe(str(part)) for part in path)
+
+
+def _validate(content: Any, places: _Places, faults: list[_Fault]) -> JobConfig:
     try:
-        return JobConfig.model_validate(content)
+        job = JobConfig.model_validate(content)
     except ValidationError as error:
-        faults = sorted({(*places.find(path), text) for path, text in _faults(error, content)})
-        raise JobFileError("\n".join(f"{place}: {text}" for _, place, text in faults)) from None
+        faults += [(*places.find(path), text) for path, text in _faults(error)]
+    if faults:
+        lines = [f"{place}: {text}" for _, place, text in sorted(set(faults))]
+        raise JobFileError("\n".join(lines))
+    return job
 
 
-def _faults(error: ValidationError, content: dict[str, Any]) -> Iterator[tuple[_Path, str]]:
+def _faults(error: ValidationError) -> Iterator[tuple[_Path, str]]:
     """Each fault once: its path and what is wrong, right and allowed."""
     seen: set[_Path] = set()
-    for item in error.errors():
-        path = _real_path(item["loc"], content)
-        key = ".".join(map(str, path))
-        kind, message = item["type"], item["msg"]
+    for item in error.errors(include_url=False):
+        path = _real_path(item["loc"])
+        if path in seen:
+            continue
+        seen.add(path)
+        key, kind = _dotted(path), item["type"]
         if kind == "extra_forbidden":
             yield path, f"{key}: unknown key{_suggest(path)}"
-        elif path in seen:
-            continue
         elif kind == "missing":
-            yield path, f"{key}: missing; {_describe(path)}"
+            yield path, f"{key}: missing; {_EXAMPLES.get(key, 'it is required')}"
+        elif path:
+            yield path, f"{key}: {_wrong(path, item)}"
         else:
-            seen.add(path)
-            yield path, f"{key}: {_wrong(path, kind, message, item)}" if key else _clean(message)
+            whole = kind in _SECTION_KINDS
+            yield path, "a job is a mapping of keys" if whole else _clean(item["msg"])
 
 
-def _wrong(path: _Path, kind: str, message: str, item: Any) -> str:
-    value, context = item["input"], item.get("ctx", {})
-    shown = "that" if path == ("tracking", "uri") else repr(value)
-    if kind in ("model_type", "model_attributes_type", "dict_type"):
-        return f"{shown} is no section; give a mapping of keys"
+# What pydantic's kinds of a wrong type ask for.
+_TYPES = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+}
+_SECTION_KINDS = ("model_type", "model_attributes_type", "dict_type")
+
+
+def _wrong(path: _Path, item: Any) -> str:
+    kind, value, shown = item["type"], item["input"], _shown(path, item["input"])
+    if kind in _SECTION_KINDS:
+        keys = ", ".join(_allowed(path))
+        takes = f"{path[-1]} takes a mapping of keys{': ' if keys else ''}{keys}"
+        return f"{shown} is not allowed; {takes}"
     if kind == "literal_error":
-        allowed = [a.strip("' ") for a in re.split(r", | or ", context["expected"])]
-        close = get_close_matches(str(value), allowed, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        return f"{shown} is not allowed{hint or ';'} allowed: {', '.join(allowed)}"
-    if kind in ("int_type", "float_type", "bool_type") and isinstance(value, str):
-        return f"{shown} is text; {_clean(message)}, without quotes"
-    return f"{shown} is not allowed; {_clean(message)}"
+        return f"{shown} is not allowed; {_choices(str(value), item['ctx']['expected'])}"
+    if kind == "string_type" and isinstance(value, (int, float, datetime.date)):
+        return f"{shown} is not text; put it in quotes"
+    if kind in _TYPES and isinstance(value, str):
+        return f"{shown} is text; give {_TYPES[kind]} without quotes"
+    wanted = f"give {_TYPES[kind]}" if kind in _TYPES else _clean(item["msg"])
+    return f"{shown} is not allowed; {wanted}"
+
+
+def _choices(value: str, expected: str) -> str:
+    """The values a key can hold, from pydantic's "'a', 'b' or 'c'"; the nearest one first."""
+    allowed = re.findall(r"'([^']*)'", expected)
+    near = get_close_matches(value.lower(), allowed, n=1)
+    return "".join(f"did you mean {n}? " for n in near) + f"allowed: {', '.join(allowed)}"
 
 
 def _clean(message: str) -> str:
     text = message.removeprefix("Value error, ")
-    text = text.replace("Input should be", "it must be")
-    return text[0].lower() + text[1:] if text else text
+    text = re.sub(r"^(Input|String) should (be|have)", r"it must \2", text)
+    return text[:1].lower() + text[1:]
 
 
-def _real_path(location: tuple[Any, ...], content: Any) -> _Path:
+def _real_path(location: tuple[str | int, ...]) -> _Path:
     """The path in the job file; pydantic adds the names of a union's branches to it."""
-    path: list[str | int] = []
-    model: Any = JobConfig
-    for part in location:
-        fields = _fields(model)
-        if not path or fields is not None:
-            path.append(part)
-            model = fields.get(part) if fields and part in fields else None
-        else:
-            break
-    return tuple(path)
+    for length in range(1, len(location)):
+        if _is_free(location[:length]):
+            return location[: length + 1]
+        if not _allowed(location[:length]):
+            return location[:length]
+    return location
 
 
-def _fields(model: Any) -> dict[str, Any] | None:
-    """A section's fields with the section classes behind them; None for a plain value."""
-    if not (isinstance(model, type) and issubclass(model, BaseModel)):
-        return None
-    return {name: _section(info.annotation) for name, info in model.model_fields.items()}
+def _is_free(path: _Path) -> bool:
+    """Whether a key holds a mapping whose keys the user chooses."""
+    section = _model(path[:-1])
+    info = section.model_fields.get(str(path[-1])) if section else None
+    return info is not None and get_origin(info.annotation) is dict
 
 
-def _section(annotation: Any) -> Any:
+def _model(path: _Path) -> type[BaseModel] | None:
+    """The class of the section at a path, if there is one."""
+    model: type[BaseModel] | None = JobConfig
+    for part in path:
+        info = model.model_fields.get(str(part)) if model else None
+        model = _section(info.annotation) if info else None
+    return model
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
     for candidate in (annotation, *get_args(annotation)):
         if isinstance(candidate, type) and issubclass(candidate, BaseModel):
             return candidate
@@ -228,38 +357,38 @@ def _section(annotation: Any) -> Any:
 
 def _suggest(path: _Path) -> str:
     """The nearest right key, here or in another section, and what is allowed here."""
-    allowed = _allowed(path[:-1])
-    wrong, prefix = str(path[-1]), "".join(f"{part}." for part in path[:-1])
-    everywhere = dict(_all_keys(JobConfig, ""))
-    same_name = [key for key, name in everywhere.items() if name == wrong]
-    near = get_close_matches(wrong, allowed, n=1)
-    far = get_close_matches(wrong, list(everywhere.values()), n=1)
-    if near:
-        hint = f"; did you mean {prefix}{near[0]}?"
-    elif same_name:
-        hint = f"; did you mean {same_name[0]}?"
-    elif far:
-        hint = f"; did you mean {next(k for k, n in everywhere.items() if n == far[0])}?"
+    section, wrong = path[:-1], str(path[-1]).lower().replace("-", "_")
+    here = {name: _dotted((*section, name)) for name in _allowed(section)}
+    everywhere = list(_all_keys(()))
+    names = sorted({key[-1] for key in everywhere})
+    near = get_close_matches(wrong, here, n=1) or get_close_matches(wrong, names, n=1)
+    if "." in wrong and (*section, *wrong.split(".")) in everywhere:
+        hint = f"; write it nested, as {wrong.replace('.', ': {')}: ...}};"
+    elif wrong in here:
+        hint = f"; did you mean {here[wrong]}?"
+    elif wrong in names:
+        hint = f"; did you mean {_spots(wrong, everywhere)}?"
+    elif near:
+        hint = f"; did you mean {here.get(near[0]) or _spots(near[0], everywhere)}?"
     else:
-        hint = ""
-    return (
-        f"{hint} allowed here: {', '.join(allowed)}"
-        if hint
-        else f"; allowed here: {', '.join(allowed)}"
-    )
+        hint = ";"
+    return f"{hint} allowed here: {', '.join(here)}"
+
+
+def _spots(name: str, everywhere: list[tuple[str, ...]]) -> str:
+    """Every key of the job file that ends in a name."""
+    return " or ".join(_dotted(key) for key in everywhere if key[-1] == name)
 
 
 def _allowed(path: _Path) -> list[str]:
-    model: Any = JobConfig
-    for part in path:
-        model = (_fields(model) or {}).get(str(part))
-    return list(_fields(model) or {})
+    section = _model(path)
+    return list(section.model_fields) if section else []
 
 
-def _all_keys(model: Any, prefix: str) -> Iterator[tuple[str, str]]:
-    for name, section in (_fields(model) or {}).items():
-        yield f"{prefix}{name}", name
-        yield from _all_keys(section, f"{prefix}{name}.")
+def _all_keys(section: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    for name in _allowed(section):
+        yield (*section, name)
+        yield from _all_keys((*section, name))
 
 
 _EXAMPLES = {
@@ -269,7 +398,3 @@ _EXAMPLES = {
     "data": "say what to train on, such as data: {train: train.jsonl}",
     "data.train": "give file(s) of jsonl, json, csv or parquet, a folder, or a hub id",
 }
-
-
-def _describe(path: _Path) -> str:
-    return _EXAMPLES.get(".".join(map(str, path)), "it is required")
