@@ -1,8 +1,11 @@
 """Encoded examples in flat, memory-mapped files: no copy per worker, none in memory."""
 
 import json
+import zlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import numpy as np
@@ -19,6 +22,7 @@ _DTYPES = {
     "hashes": np.uint64,
 }
 _RECORD = "record.json"
+_BLOCK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -39,11 +43,19 @@ class EncodedDataset:
     """Read-only examples of a cache entry, or some of them. Pickles as a path.
 
     Attributes:
-        digest: changes whenever the examples do.
+        digest: changes whenever the examples of the whole entry do.
     """
 
-    def __init__(self, folder: Path, digest: str, chosen: NDArray[np.int64] | None = None) -> None:
-        self.folder, self.digest, self._chosen = folder, digest, chosen
+    def __init__(
+        self, folder: Path, digest: str, chosen: str | NDArray[np.int64] | None = None
+    ) -> None:
+        """Map an entry's files; `chosen` is a part's file in the folder, or places."""
+        self.folder, self.digest, self._origin = folder, digest, chosen
+        self._chosen: NDArray[np.int64] | None = (
+            np.memmap(folder / chosen, dtype=np.int64, mode="r")
+            if isinstance(chosen, str)
+            else chosen
+        )
         self._files = {
             name: np.memmap(folder / f"{name}.bin", dtype=dtype, mode="r")
             for name, dtype in _DTYPES.items()
@@ -68,7 +80,7 @@ class EncodedDataset:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Travel as a path; the receiver maps the same files."""
-        return EncodedDataset, (self.folder, self.digest, self._chosen)
+        return EncodedDataset, (self.folder, self.digest, self._origin)
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -86,9 +98,24 @@ class EncodedDataset:
         return self._select(self._files["hashes"])
 
     def subset(self, places: NDArray[np.int64]) -> "EncodedDataset":
-        """The examples at these places; nothing is copied."""
+        """The examples at these places; no example is copied."""
         chosen = places if self._chosen is None else self._chosen[places]
         return EncodedDataset(self.folder, self.digest, chosen)
+
+    def part(self, name: str, places: NDArray[np.int64]) -> "EncodedDataset":
+        """As `subset`, with the places in a mapped file of that name beside the examples."""
+        path = self.folder / name
+        chosen = self.subset(places)._chosen
+        assert chosen is not None
+        try:
+            if not (path.is_file() and path.read_bytes() == chosen.tobytes()):
+                with NamedTemporaryFile(dir=self.folder, delete=False) as beside:
+                    beside.write(chosen.tobytes())
+                Path(beside.name).replace(path)
+        except OSError:
+            # A cache that can only be read serves as well, with the places in memory.
+            return EncodedDataset(self.folder, self.digest, chosen)
+        return EncodedDataset(self.folder, self.digest, name)
 
     def _select(self, values: NDArray[Any]) -> NDArray[Any]:
         return np.asarray(values if self._chosen is None else values[self._chosen])
@@ -100,6 +127,7 @@ class DatasetWriter:
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._end = folder, 0
+        self._sums = dict.fromkeys(_DTYPES, 0)
         self._streams = {name: (folder / f"{name}.bin").open("wb") for name in _DTYPES}
 
     def __enter__(self) -> "DatasetWriter":
@@ -109,36 +137,50 @@ class DatasetWriter:
         for stream in self._streams.values():
             stream.close()
 
-    def append(self, example: Example, content_hash: int) -> None:
-        """Add one example."""
-        self._end += len(example.ids)
-        values = {
-            "ids": example.ids,
-            "trained": example.trained,
-            "ends": self._end,
-            "targets": example.trained[1:].sum(),
-            "answers": example.answer_start,
-            "hashes": content_hash,
+    def extend(self, examples: Sequence[Example], hashes: Sequence[int]) -> None:
+        """Add examples, with a hash of each one's content."""
+        if not examples:
+            return
+        ends = self._end + np.cumsum([len(example.ids) for example in examples])
+        self._end = int(ends[-1])
+        values: dict[str, Any] = {
+            "ids": np.concatenate([example.ids for example in examples]),
+            "trained": np.concatenate([example.trained for example in examples]),
+            "ends": ends,
+            "targets": [np.count_nonzero(example.trained[1:]) for example in examples],
+            "answers": [example.answer_start for example in examples],
+            "hashes": hashes,
         }
         for name, value in values.items():
-            self._streams[name].write(np.asarray(value, dtype=_DTYPES[name]).tobytes())
+            content = np.asarray(value, dtype=_DTYPES[name]).tobytes()
+            self._sums[name] = zlib.crc32(content, self._sums[name])
+            self._streams[name].write(content)
 
     def finish(self, counts: Counts, details: dict[str, Any]) -> None:
         """Write the record that makes the entry valid."""
         for stream in self._streams.values():
             stream.flush()
-        sizes = {name: (self._folder / f"{name}.bin").stat().st_size for name in _DTYPES}
-        record = {"sizes": sizes, "counts": asdict(counts), **details}
+        record = {"sums": self._sums, "counts": asdict(counts), **details}
         (self._folder / _RECORD).write_text(json.dumps(record, indent=1))
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """The record of a whole entry; None where there is none or a file is damaged."""
+    """The record of a whole entry; None where there is none or a file is damaged.
+
+    Reads every file once: a file that a crash left unwritten may have the right size.
+    """
     try:
         record: dict[str, Any] = json.loads((folder / _RECORD).read_text())
-        for name, size in record["sizes"].items():
-            if (folder / f"{name}.bin").stat().st_size != size:
-                return None
-    except (OSError, ValueError, KeyError):
+        Counts(**record["counts"])
+        sums = {name: _sum(folder / f"{name}.bin") for name in _DTYPES}
+        return record if record["sums"] == sums and record["format"] else None
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    return record
+
+
+def _sum(path: Path) -> int:
+    total = 0
+    with path.open("rb") as stream:
+        while block := stream.read(_BLOCK):
+            total = zlib.crc32(block, total)
+    return total

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from orchestrator.data.chat import Rendered
 
 # Changes whenever the same rows and settings would be encoded in another way.
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -28,16 +28,22 @@ class Example:
 
 
 def encode(rows: Sequence[Rendered], tokenizer: Any, train_all: bool) -> list[Example]:
-    """Tokenize a batch of texts that are alike in `special`."""
+    """Tokenize a batch of texts; a token that crosses a span's start belongs to the span."""
     if not rows:
         return []
-    prefix = [] if rows[0].special else _bos(tokenizer)
+    bos = _bos(tokenizer)
+    prefixes = [[] if row.special else bos for row in rows]
     texts = [row.text for row in rows]
     if not tokenizer.is_fast:
-        return [_encode_slowly(row, tokenizer, prefix, train_all) for row in rows]
+        return [
+            _encode_slowly(row, tokenizer, prefix, train_all)
+            for row, prefix in zip(rows, prefixes, strict=True)
+        ]
     batch = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
     made = []
-    for row, ids, offsets in zip(rows, batch["input_ids"], batch["offset_mapping"], strict=True):
+    for row, prefix, ids, offsets in zip(
+        rows, prefixes, batch["input_ids"], batch["offset_mapping"], strict=True
+    ):
         bounds = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
         starts, stops = bounds[:, 0], bounds[:, 1]
         trained = np.zeros(len(ids), dtype=bool)
@@ -50,12 +56,17 @@ def encode(rows: Sequence[Rendered], tokenizer: Any, train_all: bool) -> list[Ex
 
 
 def _encode_slowly(row: Rendered, tokenizer: Any, prefix: list[int], train_all: bool) -> Example:
-    """For tokenizers without offsets: places are the lengths of the encoded beginnings."""
+    """For tokenizers without offsets: a place is where the encoded beginning parts from the whole.
+
+    It may part a token early, where a merge crosses the place.
+    """
+    ids = tokenizer(row.text, add_special_tokens=False)["input_ids"]
 
     def count(end: int) -> int:
-        return len(tokenizer(row.text[:end], add_special_tokens=False)["input_ids"])
+        begun = tokenizer(row.text[:end], add_special_tokens=False)["input_ids"]
+        pairs = enumerate(zip(begun, ids, strict=False))
+        return next((place for place, (a, b) in pairs if a != b), min(len(begun), len(ids)))
 
-    ids = tokenizer(row.text, add_special_tokens=False)["input_ids"]
     trained = np.zeros(len(ids), dtype=bool)
     for first, last in row.spans:
         trained[count(first) : count(last)] = True
@@ -81,7 +92,14 @@ def _finish(
 
 
 def cut(example: Example, max_length: int, has_prompt: bool) -> Example:
-    """Shorten an example to `max_length`: the oldest prompt tokens go, then the answer's end."""
+    """Shorten an example to `max_length`.
+
+    First what stands behind the last target goes, then the prompt's oldest tokens, then the
+    answer's end.
+    """
+    tail = int(np.argmax(example.trained[::-1])) if example.trained.any() else 0
+    size = max(max_length, len(example.ids) - tail)
+    example = replace(example, ids=example.ids[:size], trained=example.trained[:size])
     excess = len(example.ids) - max_length
     if excess <= 0:
         return example

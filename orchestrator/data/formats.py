@@ -1,6 +1,6 @@
 """Rows of known formats become conversations or plain texts."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +21,15 @@ class Turn:
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation with at least one assistant turn."""
+    """A conversation with at least one assistant turn to train on.
+
+    trained_from: assistant turns before this place are given, as examples in a prompt are.
+    joined: a prompt and its completion, which without a chat template are simply joined.
+    """
 
     turns: tuple[Turn, ...]
+    trained_from: int = 0
+    joined: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,15 @@ def _text(row: Mapping[str, Any], column: str) -> str:
         raise BadRowError(f"column {column} holds {type(value).__name__}, not text")
     if not value.strip():
         raise BadRowError(f"column {column} is empty")
+    return _unicode(value, f"column {column}")
+
+
+def _unicode(value: str, where: str) -> str:
+    # Escapes in JSON, and undecodable bytes in CSV, make texts that no tokenizer takes.
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise BadRowError(f"{where} is not UTF-8 text (at character {error.start})") from None
     return value
 
 
@@ -75,23 +90,23 @@ def _turns(messages: Any, column: str, role_key: str, content_key: str) -> list[
         if not isinstance(message, Mapping):
             raise BadRowError(f"message {number} of {column} is no object")
         role, content = message.get(role_key), message.get(content_key)
-        if role not in _ROLES:
+        if not isinstance(role, str) or role not in _ROLES:
             known = ", ".join(sorted(_ROLES))
             raise BadRowError(f"message {number} has {role_key} {role!r}; known are {known}")
         if not isinstance(content, str):
             raise BadRowError(f"message {number} has no text in {content_key!r}")
-        turns.append(Turn(_ROLES[role], content))
+        turns.append(Turn(_ROLES[role], _unicode(content, f"message {number} of {column}")))
     return turns
 
 
-def _chat(turns: Iterable[Turn]) -> Chat:
+def _chat(turns: Iterable[Turn], trained_from: int = 0, joined: bool = False) -> Chat:
     kept = tuple(turns)
-    answers = [turn for turn in kept if turn.role == "assistant"]
+    answers = [turn for turn in kept[trained_from:] if turn.role == "assistant"]
     if not answers:
         raise BadRowError("it has no assistant turn to train on")
     if any(not turn.content.strip() for turn in answers):
         raise BadRowError("an assistant turn is empty")
-    return Chat(kept)
+    return Chat(kept, trained_from, joined)
 
 
 def _messages(row: Mapping[str, Any]) -> Chat:
@@ -106,18 +121,21 @@ def _prompt_completion(row: Mapping[str, Any]) -> Chat:
     prompt, completion = row.get("prompt"), row.get("completion")
     if isinstance(prompt, str) and isinstance(completion, str):
         question, answer = _text(row, "prompt"), _text(row, "completion")
-        return _chat([Turn("user", question), Turn("assistant", answer)])
+        return _chat([Turn("user", question), Turn("assistant", answer)], joined=True)
     if isinstance(prompt, (list, tuple)) and isinstance(completion, (list, tuple)):
         before = _turns(prompt, "prompt", "role", "content")
-        return _chat([*before, *_turns(completion, "completion", "role", "content")])
+        after = _turns(completion, "completion", "role", "content")
+        return _chat([*before, *after], trained_from=len(before))
     raise BadRowError("prompt and completion are both texts, or both lists of messages")
 
 
 def _alpaca(row: Mapping[str, Any]) -> Chat:
     question = _text(row, "instruction")
     extra = row.get("input")
-    if isinstance(extra, str) and extra.strip():
-        question = f"{question}\n\n{extra}"
+    if extra is not None and not isinstance(extra, str):
+        raise BadRowError(f"column input holds {type(extra).__name__}, not text")
+    if extra and extra.strip():
+        question = f"{question}\n\n{_unicode(extra, 'column input')}"
     return _chat([Turn("user", question), Turn("assistant", _text(row, "output"))])
 
 
@@ -158,16 +176,24 @@ def check_columns(name: str, columns: Mapping[str, str]) -> None:
             )
 
 
-def detect(present: Iterable[str], columns: Mapping[str, str], source: str) -> Format:
-    """The format whose columns are there, the most telling first.
+def detect(rows: Sequence[Collection[str]], columns: Mapping[str, str], source: str) -> Format:
+    """The format that fits most rows by their columns, of equals the most telling.
 
     Raises:
         DataError: no format fits.
     """
-    there = set(present)
-    for format in FORMATS.values():
-        if all(columns.get(column, column) in there for column in format.required):
-            return format
+    there = {column for row in rows for column in row}
+    if not there:
+        raise DataError(f"{source} is empty: it has no rows and no columns")
+
+    def fitting(format: Format) -> int:
+        names = {columns.get(column, column) for column in format.required}
+        return sum(names <= set(row) for row in rows)
+
+    # The first of the largest: the formats stand in that order.
+    best = max(FORMATS.values(), key=fitting)
+    if fitting(best):
+        return best
     shapes = "; ".join(f"{f.name}: {', '.join(f.required)}" for f in FORMATS.values())
     raise DataError(
         f"{source} has the columns {', '.join(sorted(there))}, which fit no format ({shapes}). "
@@ -176,6 +202,13 @@ def detect(present: Iterable[str], columns: Mapping[str, str], source: str) -> F
 
 
 def rename(row: Mapping[str, Any], format: Format, columns: Mapping[str, str]) -> dict[str, Any]:
-    """The row's values under the format's own column names."""
+    """The row's values under the format's own column names.
+
+    Raises:
+        BadRowError: a column is missing, named as the data has it.
+    """
+    for name in format.required:
+        if columns.get(name, name) not in row:
+            raise BadRowError(f"column {columns.get(name, name)} is missing")
     names = (*format.required, *format.optional)
     return {name: row.get(columns.get(name, name)) for name in names}

@@ -14,6 +14,8 @@ from orchestrator.config import Source
 from orchestrator.errors import DataError
 
 _SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
+# Columns that hold lists: an object with one of these is a row, not a wrapper around rows.
+_LISTS_OF_ONE_ROW = ("messages", "conversations", "prompt", "completion")
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,28 @@ class Origin:
     dataset: Any = None
 
     def digest(self) -> str:
-        """Changes whenever the rows do: SHA-256 of the files' bytes, or the data set's own."""
+        """Changes whenever the rows do: SHA-256 of the files' bytes, or the data set's own.
+
+        Raises:
+            DataError: a file cannot be read.
+        """
         total = hashlib.sha256()
         for file in self.files:
-            with file.open("rb") as stream:
-                total.update(hashlib.file_digest(stream, "sha256").digest())
+            try:
+                with file.open("rb") as stream:
+                    total.update(hashlib.file_digest(stream, "sha256").digest())
+            except OSError as error:
+                raise DataError(f"{file} cannot be read: {error}") from error
+            # The same bytes are other rows under another suffix.
+            total.update(file.suffix.lower().encode())
         if self.dataset is not None:
             total.update(self.dataset._fingerprint.encode())
         return total.hexdigest()
+
+    def stamp(self) -> list[tuple[int, int]]:
+        """Sizes and times of the files, which tell that one was changed while it was read."""
+        stats = [file.stat() for file in self.files]
+        return [(stat.st_size, stat.st_mtime_ns) for stat in stats]
 
     def rows(self) -> Iterator[Row]:
         """Every row, in order."""
@@ -65,8 +81,11 @@ def locate(source: Source, key: str) -> Origin:
     names = (source,) if isinstance(source, str) else source
     if len(names) == 1 and _looks_like_hub(names[0]):
         return Origin(names[0], dataset=_load_hub(names[0], key))
-    if len(names) == 1 and (Path(names[0]).expanduser() / "dataset_info.json").is_file():
-        return Origin(names[0], dataset=_load_saved(names[0], key))
+    saved = [name for name in names if _is_saved(Path(name).expanduser())]
+    if saved and len(names) > 1:
+        raise DataError(f"{key}: {saved[0]} is a saved data set; give it alone, not in a list")
+    if saved:
+        return Origin(names[0], dataset=_load_saved(Path(names[0]).expanduser(), key))
     files = [file for name in names for file in _files(Path(name).expanduser(), key)]
     return Origin(", ".join(names), tuple(files))
 
@@ -76,26 +95,31 @@ def _files(path: Path, key: str) -> list[Path]:
         found = sorted(
             file
             for file in path.rglob("*")
-            if file.suffix in _SUFFIXES
+            if file.suffix.lower() in _SUFFIXES
+            and file.is_file()
             and not any(part.startswith(".") for part in file.relative_to(path).parts)
         )
         if not found:
             raise DataError(f"{key}: {path} holds no {', '.join(_SUFFIXES)} file")
         return found
     if not path.is_file():
-        siblings = [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
-        close = get_close_matches(path.name, siblings, n=1)
-        hint = f"; did you mean {path.parent / close[0]}?" if close else ""
-        raise DataError(f"{key}: {path} does not exist{hint}")
-    if path.suffix not in _SUFFIXES:
+        raise DataError(f"{key}: {path} does not exist{_nearest(path)}")
+    if path.suffix.lower() not in _SUFFIXES:
         raise DataError(f"{key}: {path} is none of {', '.join(_SUFFIXES)}")
     return [path]
+
+
+def _nearest(path: Path) -> str:
+    """A hint at the most similar name in the folder of a missing path."""
+    siblings = [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
+    close = get_close_matches(path.name, siblings, n=1)
+    return f"; did you mean {path.parent / close[0]}?" if close else ""
 
 
 def _read(file: Path) -> Iterator[Row]:
     readers = {".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
     try:
-        yield from readers.get(file.suffix, _read_lines)(file)
+        yield from readers.get(file.suffix.lower(), _read_lines)(file)
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error}") from error
 
@@ -114,6 +138,8 @@ def _parsed(place: str, line: bytes) -> Row:
         return Row(place, {}, f"not UTF-8 text ({error.reason} at byte {error.start})")
     except json.JSONDecodeError as error:
         return Row(place, {}, f"not JSON: {error.msg} at column {error.colno}")
+    except (ValueError, RecursionError) as error:
+        return Row(place, {}, f"JSON that cannot be read: {error}")
 
 
 def _checked(place: str, value: Any) -> Row:
@@ -125,12 +151,16 @@ def _checked(place: str, value: Any) -> Row:
 def _read_json(file: Path) -> Iterator[Row]:
     try:
         content = json.loads(file.read_bytes().decode("utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(
             f"{file} is not one JSON value ({error}). If it has one object a line, name it .jsonl"
         ) from error
     if isinstance(content, dict):
-        lists = [value for value in content.values() if isinstance(value, list)]
+        lists = [
+            value
+            for name, value in content.items()
+            if isinstance(value, list) and name not in _LISTS_OF_ONE_ROW
+        ]
         content = lists[0] if len(lists) == 1 else [content]
     if not isinstance(content, list):
         raise DataError(f"{file} holds no list of rows")
@@ -140,17 +170,28 @@ def _read_json(file: Path) -> Iterator[Row]:
 
 def _read_csv(file: Path) -> Iterator[Row]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    with file.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream)
-        try:
-            for value in reader:
-                place = f"{file}:{reader.line_num}"
-                if None in value or None in value.values():
-                    yield Row(place, {}, "it has more or fewer fields than the header")
-                else:
-                    yield Row(place, value)
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise DataError(f"{file}:{reader.line_num}: not readable as CSV: {error}") from error
+    # Bytes that are no UTF-8 become lone surrogates, which make their own row a bad one.
+    with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
+        reader = csv.reader(stream, strict=True)
+        header: list[str] | None = None
+        while True:
+            place = f"{file}:{reader.line_num + 1}"
+            try:
+                fields = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                if header is None:
+                    raise DataError(f"{place}: not readable as CSV: {error}") from error
+                yield Row(place, {}, f"not CSV: {error}")
+                continue
+            if header is None:
+                header = fields or None
+            elif len(fields) == len(header):
+                yield Row(place, dict(zip(header, fields, strict=True)))
+            elif fields:
+                count = f"{len(fields)} fields, the header {len(header)}"
+                yield Row(place, {}, f"it has {count}")
 
 
 def _read_parquet(file: Path) -> Iterator[Row]:
@@ -159,10 +200,11 @@ def _read_parquet(file: Path) -> Iterator[Row]:
 
     try:
         number = 0
-        for batch in pq.ParquetFile(file).iter_batches(batch_size=1024):
-            for value in batch.to_pylist():
-                number += 1
-                yield Row(f"{file} row {number}", value)
+        with pq.ParquetFile(file) as table:
+            for batch in table.iter_batches(batch_size=1024):
+                for value in batch.to_pylist():
+                    number += 1
+                    yield Row(f"{file} row {number}", value)
     except pa.ArrowException as error:
         raise DataError(f"{file} cannot be read as parquet: {error}") from error
 
@@ -170,7 +212,7 @@ def _read_parquet(file: Path) -> Iterator[Row]:
 def _looks_like_hub(name: str) -> bool:
     """`owner/name`, with an optional `:split`, where no such path is here."""
     path = Path(name).expanduser()
-    if path.exists() or path.suffix in _SUFFIXES or name.startswith((".", "/", "~")):
+    if path.exists() or path.suffix.lower() in _SUFFIXES or name.startswith((".", "/", "~")):
         return False
     return name.count("/") == 1
 
@@ -183,20 +225,28 @@ def _load_hub(name: str, key: str) -> Any:
         return datasets.load_dataset(repository, split=split or "train")
     except Exception as error:
         # Whatever a loader of a foreign data set raises, the user can do the same about it.
+        near = _nearest(Path(name)) or "."
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(
-            f"{key}: {name} is no path here and could not be loaded from the hub ({first}). Check "
-            "the name, the split (owner/name:split), HF_TOKEN and the network, or give a local file"
+            f"{key}: {name} is no path here{near} It could not be loaded from the hub "
+            f"either ({first}). Check the name, the split (owner/name:split), HF_TOKEN and the "
+            "network, or give a local file such as ./train.jsonl"
         ) from error
 
 
-def _load_saved(name: str, key: str) -> Any:
+def _is_saved(path: Path) -> bool:
+    """Whether `datasets` saved this folder with save_to_disk."""
+    return any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
+
+
+def _load_saved(path: Path, key: str) -> Any:
     import datasets
 
     try:
-        loaded = datasets.load_from_disk(name)
+        loaded = datasets.load_from_disk(str(path))
     except (OSError, ValueError) as error:
-        raise DataError(f"{key}: {name} cannot be read as a saved data set: {error}") from error
+        raise DataError(f"{key}: {path} cannot be read as a saved data set: {error}") from error
     if isinstance(loaded, datasets.DatasetDict):
-        raise DataError(f"{key}: {name} holds several splits; give the folder of one")
-    return loaded
+        folders = ", ".join(str(path / split) for split in loaded)
+        raise DataError(f"{key}: {path} holds splits; give the folder of one: {folders}")
+    return loaded.with_format(None)
