@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from ruamel.yaml import YAML
 
 from orchestrator.config import JobConfig
 from orchestrator.errors import OrchestratorError, RefusedError
@@ -77,7 +78,7 @@ def _run(
     status, results, error = "failed", {}, None
     try:
         with watch(run_dir) if watch else _nothing():
-            results = _train_here(job, run_dir) if local else _train_on_ray(job, run_dir)
+            results = _train_here(job, run_dir) if local else _train_on_ray(job, run_dir, say)
         status = "finished"
     except OrchestratorError as raised:
         status = "interrupted" if raised.exit_status == 130 else "failed"
@@ -116,14 +117,14 @@ def _train_here(job: JobConfig, run_dir: Path) -> dict[str, Any]:
         _stop_on_interrupt(run_dir),
         SystemSampler(observer.emit),
     ):
-        return run(job, run_dir, cache_dir(), World(), observer)
+        return run(job, run_dir, cache_dir(), None, World(), observer)
 
 
-def _train_on_ray(job: JobConfig, run_dir: Path) -> dict[str, Any]:
+def _train_on_ray(job: JobConfig, run_dir: Path, say: Say) -> dict[str, Any]:
     from orchestrator.cluster.driver import run
 
     with _stop_on_interrupt(run_dir):
-        return run(job, run_dir)
+        return run(job, run_dir, say)
 
 
 def _resolve(
@@ -183,7 +184,9 @@ def _check_same_job(job: JobConfig, run_dir: Path) -> None:
     kept = run_dir / "job.yaml"
     if not kept.exists() or not (run_dir / "checkpoints").exists():
         return
-    changes = changed_keys(load_job(kept), job)
+    # The kept file has no passwords: compared with them, a job with one would never go on.
+    now = job_from_mapping(YAML(typ="safe", pure=True).load(redact(dump_job(job))))
+    changes = changed_keys(load_job(kept), now)
     if changes:
         listed = "; ".join(f"{key} was {old!r}, is now {new!r}" for key, old, new in changes)
         raise RefusedError(

@@ -88,7 +88,8 @@ class Delivery:
         self._closing.set()
         if self._thread.is_alive():
             self._thread.join(timeout)
-        cursor = self._cursor
+        # Where another delivery of this run holds the lock, its cursor tells what is done.
+        cursor = self._cursor or Cursor.peek(self._run_dir)
         pending = count_pending(self._run_dir, cursor)
         if pending:
             self._say(
@@ -104,7 +105,7 @@ class Delivery:
             with self._alone():
                 self._follow()
         except Timeout:
-            # Another thread or command delivers this run; `close` counts what it left.
+            # Another thread or command delivers this run; `close` counts what it has left.
             return
         except OrchestratorError as error:
             self._say(redact(str(error)))
@@ -119,7 +120,10 @@ class Delivery:
             try:
                 return lock.acquire(timeout=_POLL_SECONDS)
             except Timeout:
-                if time.monotonic() > self._deadline:
+                done = self._closing.is_set() and not count_pending(
+                    self._run_dir, Cursor.peek(self._run_dir)
+                )
+                if done or time.monotonic() > self._deadline:
                     raise
 
     def _follow(self) -> None:

@@ -28,6 +28,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "padding_free": True,
         "max_length": None,
     },
+    # One example a pass pads nothing either.
+    "accumulate": {"gradient_checkpointing": False},
     "packing": {"gradient_checkpointing": False, "packing": True, "packing_strategy": "bfd"},
     "packing_checkpointing": {"packing": True, "packing_strategy": "bfd"},
 }
@@ -57,13 +59,11 @@ def main(model: str, rows: str, setting: str, steps: int, batch: int, rank: int)
             bnb_4bit_compute_dtype=torch.bfloat16,
         ),
     )
-    packed = SETTINGS[setting].get("packing", False)
+    packed, accumulated = "packing" in SETTINGS[setting], setting == "accumulate"
     config = SFTConfig(
         output_dir="/tmp/unused-trl",
         use_cpu=True,
         max_steps=steps,
-        # A packed row holds what a padded batch holds.
-        per_device_train_batch_size=1 if packed else batch,
         learning_rate=2e-4,
         lr_scheduler_type="constant",
         max_grad_norm=0.3,
@@ -72,6 +72,9 @@ def main(model: str, rows: str, setting: str, steps: int, batch: int, rank: int)
         save_strategy="no",
         report_to="none",
         train_sampling_strategy="sequential",
+        # A packed row holds what a padded batch holds.
+        per_device_train_batch_size=1 if packed or accumulated else batch,
+        gradient_accumulation_steps=batch if accumulated else 1,
         **{"max_length": 1024, **SETTINGS[setting]},
     )
     seconds: list[float] = []

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from tests.conftest import write_job
+from tests.conftest import write_chats, write_job
 from tests.integration.conftest import Commands, curve, journal, reached, wait_for
 
 JobFile = Callable[..., Path]
@@ -202,6 +202,20 @@ def test_a_run_goes_on_only_with_its_own_settings(
     run_dir = tmp_path / "runs" / "tiny"
     assert [step for step, *_ in curve(run_dir)] == [1, 2, 3, 4, 5, 6]
     shutil.rmtree(run_dir)
+
+
+def test_a_secret_in_the_job_neither_bars_going_on_nor_is_printed(
+    commands: Commands, job_file: JobFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DATA_PASSWORD", "swordfish-0123456789")
+    data = write_chats(tmp_path / "swordfish-0123456789.jsonl", 30)
+    job = job_file(training={"max_steps": 2}, data={"train": str(data)})
+    assert commands.call("finetune", job, "--local").status == 0
+    longer = commands.call("finetune", job, "--local", "--json", "--set", "training.max_steps=3")
+    assert longer.status == 0 and longer.result["steps"] == 3, longer.err
+    other = commands.call("finetune", job, "--local", "--set", "training.seed=1")
+    assert other.status == 2 and "training.seed" in other.err
+    assert "swordfish" not in other.err + (tmp_path / "runs/tiny/job.yaml").read_text()
 
 
 def test_infinite_loss_fails_with_a_clear_word(commands: Commands, job_file: JobFile) -> None:

@@ -268,8 +268,12 @@ def test_two_deliveries_at_once_make_one_run(tmp_path: Path) -> None:
     both = [Delivery(job, job.run_dir, lambda line: None) for _ in range(2)]
     for delivery in both:
         delivery.start()
-    reports = [delivery.close(SECONDS) for delivery in both]
+    # Closed in both orders: whoever has the lock keeps it until its own close.
+    wait_until(lambda: any(delivery.run_id for delivery in both), "one has the run")
+    waiting, delivering = sorted(both, key=lambda delivery: delivery.run_id is not None)
+    reports = [delivery.close(SECONDS) for delivery in (waiting, delivering)]
     assert len(runs_of(job)) == 1 and {r.pending for r in reports} == {0}
+    assert {r.run_id for r in reports} == {runs_of(job)[0].info.run_id}
     assert len(steps_in(client_of(job), reports[0].run_id)) == 5
 
 
