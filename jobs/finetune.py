@@ -4,6 +4,10 @@ ray job submit --working-dir . -- python jobs/finetune.py JOB.yaml
 """
 
 import sys
+from pathlib import Path
+
+# The working directory that was submitted holds the package; it need not be installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from orchestrator.cli import main
 

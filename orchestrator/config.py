@@ -213,6 +213,8 @@ class ClusterConfig(_Section):
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1
     max_failures: Annotated[int, Field(ge=0)] = 3
     """Worker failures after which the run ends with exit status 1."""
+    collective_timeout: Annotated[float, Field(gt=0)] = 600
+    """Seconds of silence after which a worker counts as dead and the run starts again."""
 
 
 class TrackingConfig(_Section):

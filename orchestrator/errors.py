@@ -44,3 +44,10 @@ class InterruptedRunError(OrchestratorError):
     """The user stopped the run; a checkpoint was written and the same command goes on."""
 
     exit_status = 130
+
+
+class WorkerLostError(Exception):
+    """Another worker died or hangs: the run starts again from its last checkpoint.
+
+    No `OrchestratorError`, for there is nothing that the user could mend.
+    """

@@ -1,8 +1,11 @@
 """One Ray Train run: as many QLoRA workers as the job asks for, restarted when they die."""
 
 import os
+import shutil
 import uuid
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,34 +13,78 @@ import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from orchestrator.cluster.plan import WorkerPlan, plan_workers
-from orchestrator.cluster.session import session
+from orchestrator.cluster.proof import proof_path
+from orchestrator.cluster.session import Session, session
 from orchestrator.cluster.worker import train
 from orchestrator.config import JobConfig
-from orchestrator.errors import OrchestratorError
+from orchestrator.errors import OrchestratorError, WorkerLostError
 
 _CONTROLLER_FAILURES = 3
+_START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+# Ray's own is a minute; a cloud takes longer to bring a machine with a GPU, or others to end.
+_START_SECONDS = {"there": 300, "to come": 1800}
+# How often an elastic run looks whether it can have more workers; each change restarts them.
+_RESIZE_SECONDS = 30.0
 # Between waits the main thread runs the handlers of signals.
 _WAIT_SECONDS = 0.5
 
 
-def run(job: JobConfig, run_dir: Path) -> dict[str, Any]:
+def run(job: JobConfig, run_dir: Path, say: Callable[[str], None]) -> dict[str, Any]:
     """Run the job on Ray and wait for it.
+
+    Args:
+        job: the resolved job.
+        run_dir: the run's folder.
+        say: is told what the user should know.
 
     Returns:
         The results of the leading worker.
 
     Raises:
+        RefusedError: no such cluster, or it can never have what the job asks for.
         OrchestratorError: what the leading worker raised, or that workers kept dying.
     """
-    with session(job.cluster.address) as here:
-        plan = plan_workers(job.cluster, here.cpus, here.gpus, here.own)
-        trainer = _trainer(job, run_dir, plan)
-        outcome = _wait(job, trainer)
+    with session(job.cluster.address, say) as here, _proof(run_dir) as proof:
+        plan = plan_workers(job.cluster, here.here, here.most, here.own)
+        _tell(plan, here, say)
+        try:
+            outcome = _wait(job, _trainer(job, run_dir, plan, proof))
+        finally:
+            shutil.rmtree(run_dir / ".ray", ignore_errors=True)
     if isinstance(outcome, OrchestratorError):
         raise outcome
     if not isinstance(outcome, dict):
         raise OrchestratorError("The workers ended without a result; see Ray's logs")
     return outcome
+
+
+@contextmanager
+def _proof(run_dir: Path) -> Iterator[str]:
+    """A file that only who shares this folder can see."""
+    proof = uuid.uuid4().hex
+    for left in run_dir.glob(proof_path(run_dir, "*").name):
+        left.unlink(missing_ok=True)
+    proof_path(run_dir, proof).touch()
+    try:
+        yield proof
+    finally:
+        proof_path(run_dir, proof).unlink(missing_ok=True)
+
+
+def _tell(plan: WorkerPlan, here: Session, say: Callable[[str], None]) -> None:
+    """Say that the job waits, and what for."""
+    os.environ.setdefault(_START_TIMEOUT, str(_START_SECONDS["there"]))
+    free = ray.available_resources()
+    missing = {
+        name: plan.least * amount - free.get(name, 0.0)
+        for name, amount in plan.resources.items()
+        if plan.least * amount > free.get(name, 0.0)
+    }
+    if missing:
+        os.environ[_START_TIMEOUT] = str(_START_SECONDS["to come"])
+        wanted = " and ".join(f"{amount:g} more {name}s" for name, amount in missing.items())
+        how = "the autoscaler adds them" if plan.waits else "others free them"
+        say(f"Waiting for {wanted}: the cluster has {here.here}; {how}")
 
 
 def _wait(job: JobConfig, trainer: TorchTrainer) -> Any:
@@ -55,21 +102,26 @@ def _wait(job: JobConfig, trainer: TorchTrainer) -> Any:
         pool.shutdown(wait=False)
 
 
-def _trainer(job: JobConfig, run_dir: Path, plan: WorkerPlan) -> TorchTrainer:
+def _trainer(job: JobConfig, run_dir: Path, plan: WorkerPlan, proof: str) -> TorchTrainer:
     return TorchTrainer(
         train,
         train_loop_config={
             "job": job,
             "run_dir": str(run_dir),
             "working_dir": os.getcwd(),
+            "proof": proof,
+            "gpus": plan.gpus,
+            "collective_timeout": job.cluster.collective_timeout,
             # Who sets OMP_NUM_THREADS means it; Ray would set it to the worker's CPUs.
             "threads": int(os.environ.get("OMP_NUM_THREADS") or plan.threads),
         },
-        torch_config=TorchConfig(backend="nccl" if plan.gpus else "gloo"),
+        # Workers agree over gloo; where they have GPUs they sum gradients in a group of NCCL's.
+        torch_config=TorchConfig(backend="gloo", timeout_s=int(job.cluster.collective_timeout)),
         scaling_config=ray.train.ScalingConfig(
             num_workers=plan.workers,
             use_gpu=plan.gpus > 0,
             resources_per_worker=plan.resources,
+            elastic_resize_monitor_interval_s=_RESIZE_SECONDS,
         ),
         run_config=ray.train.RunConfig(
             # Our own checkpoints decide where a run goes on; Ray's name is new for each attempt.
@@ -83,10 +135,27 @@ def _trainer(job: JobConfig, run_dir: Path, plan: WorkerPlan) -> TorchTrainer:
     )
 
 
-def _failure(job: JobConfig, error: Exception) -> str:
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+def _failure(job: JobConfig, error: ray.train.TrainingFailedError) -> str:
+    failures = getattr(error, "worker_failures", None)
+    go_on = "Run the same command again to go on from the last checkpoint"
+    if not failures:
+        return f"Ray Train gave up: {_last_line(error)}. {go_on}"
+    rank, first = _first_failure(failures)
     return (
         f"The workers failed {job.cluster.max_failures + 1} times (cluster.max_failures is "
-        f"{job.cluster.max_failures}). The last error: {lines[-1] if lines else error}. Run the "
-        "same command again to go on from the last checkpoint"
+        f"{job.cluster.max_failures}). The last time worker {rank} failed first: "
+        f"{_last_line(first)}. {go_on}"
     )
+
+
+def _first_failure(failures: dict[int, Exception]) -> tuple[int, Exception]:
+    """Who failed by itself, not because another was gone."""
+    for rank, error in sorted(failures.items()):
+        if not isinstance(getattr(error, "_base_exc", error), WorkerLostError):
+            return rank, error
+    return min(failures.items())
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__

@@ -7,13 +7,33 @@ from orchestrator.errors import RefusedError
 
 
 @dataclass(frozen=True)
+class Resources:
+    """CPUs and GPUs of a cluster."""
+
+    cpus: float
+    gpus: float
+
+    def __str__(self) -> str:
+        return f"{self.cpus:g} CPUs and {self.gpus:g} GPUs"
+
+
+@dataclass(frozen=True)
 class WorkerPlan:
-    """What Ray Train is asked for. `threads` is what torch uses on a CPU worker."""
+    """What Ray Train is asked for.
+
+    threads: what torch uses on a CPU worker. waits: an autoscaler must add nodes first.
+    """
 
     workers: int | tuple[int, int]
     gpus: float
     cpus: float
     threads: int
+    waits: bool = False
+
+    @property
+    def least(self) -> int:
+        """Workers without which the job does not start."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
 
     @property
     def resources(self) -> dict[str, float]:
@@ -22,32 +42,52 @@ class WorkerPlan:
         return {**own, "GPU": self.gpus} if self.gpus else own
 
 
-def plan_workers(config: ClusterConfig, cpus: float, gpus: float, own: bool) -> WorkerPlan:
-    """Workers for a cluster of so many CPUs and GPUs.
+def plan_workers(
+    config: ClusterConfig, here: Resources, most: Resources | None, own: bool
+) -> WorkerPlan:
+    """Workers for a cluster.
 
     Args:
         config: the job's `cluster` section.
-        cpus: CPUs of the cluster.
-        gpus: GPUs of the cluster.
+        here: what the cluster has now.
+        most: what its autoscaler may bring it to; None where there is none.
         own: whether the cluster was started for this job alone; its workers then use all cores.
 
     Raises:
-        RefusedError: the job asks for more than is there.
+        RefusedError: the job asks for more than the cluster can ever have.
     """
-    per_worker = _gpus_per_worker(config, gpus)
-    workers: int | tuple[int, int]
-    if config.workers == "auto":
-        workers = max(1, int(gpus // per_worker)) if per_worker else 1
-    else:
-        workers = config.workers
+    reach = (
+        here if most is None else Resources(max(here.cpus, most.cpus), max(here.gpus, most.gpus))
+    )
+    per_worker = _gpus_per_worker(config, reach.gpus)
+    workers = _workers(config, per_worker, here, reach)
     least = workers if isinstance(workers, int) else workers[0]
-    if least * per_worker > gpus or least * config.cpus_per_worker > cpus:
+    if not _fit(least, per_worker, config.cpus_per_worker, reach):
+        grown = "" if most is None else f", {reach} with all that its autoscaler may add"
         raise RefusedError(
             f"cluster.workers: {least} workers of {config.cpus_per_worker:g} CPUs and "
-            f"{per_worker:g} GPUs were asked for; the cluster has {cpus:g} CPUs and {gpus:g} GPUs"
+            f"{per_worker:g} GPUs were asked for; the cluster has {here}{grown}"
         )
-    share = int(cpus // least) if own else int(config.cpus_per_worker)
-    return WorkerPlan(workers, per_worker, config.cpus_per_worker, max(1, share))
+    share = int(here.cpus // least) if own else int(config.cpus_per_worker)
+    waits = not _fit(least, per_worker, config.cpus_per_worker, here)
+    return WorkerPlan(workers, per_worker, config.cpus_per_worker, max(1, share), waits)
+
+
+def _workers(
+    config: ClusterConfig, per_worker: float, here: Resources, reach: Resources
+) -> int | tuple[int, int]:
+    if config.workers != "auto":
+        return config.workers
+    if not per_worker:
+        return 1
+    if here.gpus >= per_worker:
+        return int(here.gpus // per_worker)
+    # All GPUs are still to come: begin with the first, and grow.
+    return (1, max(1, int(reach.gpus // per_worker)))
+
+
+def _fit(workers: int, gpus: float, cpus: float, there: Resources) -> bool:
+    return workers * gpus <= there.gpus and workers * cpus <= there.cpus
 
 
 def _gpus_per_worker(config: ClusterConfig, gpus: float) -> float:

@@ -1,56 +1,98 @@
 """Joining a Ray cluster, or starting Ray on this machine."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 
+from orchestrator.cluster.plan import Resources
 from orchestrator.errors import OrchestratorError, RefusedError
+
+_JOIN = (
+    "Start one with `ray start --head`, or take auto or local. Where one runs, give the command its "
+    "token: in RAY_AUTH_TOKEN, in a file that RAY_AUTH_TOKEN_PATH names, or in ~/.ray/auth_token"
+)
 
 
 @dataclass(frozen=True)
 class Session:
-    """A Ray session. `own` is True where this process started Ray for itself."""
+    """A Ray session. `own` is True where this process started Ray for itself.
+
+    most: what the cluster's autoscaler may bring it to; None where there is no autoscaler.
+    """
 
     own: bool
-    cpus: float
-    gpus: float
+    here: Resources
+    most: Resources | None
 
 
 @contextmanager
-def session(address: str) -> Iterator[Session]:
+def session(address: str, say: Callable[[str], None]) -> Iterator[Session]:
     """Connect to `address`; `auto` joins this machine's cluster or starts Ray here.
 
     Raises:
-        RefusedError: an address was given and no cluster answers there.
+        RefusedError: an address was given and no cluster answers there, or it wants a token.
         OrchestratorError: Ray does not start.
     """
-    own = _connect(address)
+    own = _connect(address, say)
     try:
-        resources = ray.cluster_resources()
-        yield Session(own, resources.get("CPU", 0), resources.get("GPU", 0))
+        yield Session(own, _resources(ray.cluster_resources()), _most())
     finally:
         ray.shutdown()
 
 
-def _connect(address: str) -> bool:
+def _connect(address: str, say: Callable[[str], None]) -> bool:
     options = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address != "local":
+        token = _use_token()
         try:
             ray.init(address=address, **options)
-            return False
-        except ConnectionError as error:
-            if address != "auto":
+        except (ConnectionError, RuntimeError, ray.exceptions.AuthenticationError) as error:
+            # A wrong token looks to Ray's client like a cluster that is not there.
+            if address != "auto" or not isinstance(error, ConnectionError):
                 raise RefusedError(
-                    f"cluster.address: no Ray cluster answers at {address} ({error}). Start one "
-                    "with `ray start --head`, or take auto or local"
+                    f"cluster.address: no Ray cluster at {address} lets this command in "
+                    f"({_first_line(error)}). {_JOIN}"
                 ) from error
+        else:
+            if not token:
+                say(
+                    "This Ray cluster was joined without a token: whoever reaches its ports can "
+                    "run code on it. `ray get-auth-token --generate` before `ray start` closes it"
+                )
+            return False
     try:
+        # Ray itself switches its token on for a cluster that it starts so.
         ray.init(address="local", **options)
     except (RuntimeError, OSError, ValueError) as error:
         raise OrchestratorError(
             f"Ray does not start on this machine ({error}). `--local` runs the job without it"
         ) from error
     return True
+
+
+def _use_token() -> bool:
+    """Show a token where there is one; Ray's clients of a given address do not by themselves."""
+    from ray._private.authentication import authentication_token_setup as setup
+
+    logging.getLogger(setup.__name__).setLevel(logging.ERROR)
+    return setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+
+
+def _most() -> Resources | None:
+    """What the autoscaler's own configuration admits."""
+    from ray._private.state import state
+
+    most = state.get_max_resources_from_cluster_config()
+    return None if most is None else _resources(most)
+
+
+def _resources(named: dict[str, Any]) -> Resources:
+    return Resources(float(named.get("CPU", 0)), float(named.get("GPU", 0)))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,11 +1,15 @@
 """What runs on each worker of a Ray Train run."""
 
 import os
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import OrchestratorError
+from orchestrator.errors import OrchestratorError, RefusedError
 from orchestrator.quiet import quiet_libraries
+
+# A shared file system may show a file of another machine a little later.
+_SHARED_SECONDS = 10.0
 
 
 def train(config: dict[str, Any]) -> Any:
@@ -14,26 +18,93 @@ def train(config: dict[str, Any]) -> Any:
     An error the user can act on is returned, not raised: Ray would start the workers again for it.
     """
     quiet_libraries()
-    import ray.train
+    # Ray Train sets it to a GPU even where that is a simulated one.
+    os.environ.pop("ACCELERATE_TORCH_DEVICE", None)
     import torch
 
     from orchestrator.places import cache_dir
-    from orchestrator.tracking.observer import JournalObserver, StopOnly
-    from orchestrator.tracking.system import SystemSampler
-    from orchestrator.training.collective import World
     from orchestrator.training.run import run
 
-    context = ray.train.get_context()
-    world = World(context.get_world_rank(), context.get_world_size(), context.get_local_rank())
     torch.set_num_threads(config["threads"])
     if os.path.isdir(config["working_dir"]):
         # Relative paths in the job file mean the folder the command was given in.
         os.chdir(config["working_dir"])
     run_dir = Path(config["run_dir"])
     try:
-        if not world.leads:
-            return run(config["job"], run_dir, cache_dir(), world, StopOnly(run_dir))
-        with JournalObserver(run_dir) as observer, SystemSampler(observer.emit):
-            return run(config["job"], run_dir, cache_dir(), world, observer)
+        device = _device(config["gpus"])
+        world = _world(device, config["collective_timeout"])
+        with world.together():
+            _check_shared(run_dir, config["proof"])
+        with _observer(run_dir, world.leads, config["job"].name) as observer:
+            return run(config["job"], run_dir, cache_dir(), device, world, observer)
     except OrchestratorError as error:
         return error
+
+
+def _device(gpus: float) -> Any:
+    """The GPU that Ray gave this worker; the CPU where it gave none, or a simulated one."""
+    import torch
+
+    if not gpus or not torch.cuda.is_available():
+        return torch.device("cpu")
+    import ray.train.torch
+
+    return ray.train.torch.get_device()
+
+
+def _world(device: Any, timeout: float) -> Any:
+    """This worker among the others; on GPUs gradients go through NCCL."""
+    import ray.train
+    import torch.distributed as dist
+
+    from orchestrator.training.collective import World
+
+    context = ray.train.get_context()
+    rank, size = context.get_world_rank(), context.get_world_size()
+    if size == 1:
+        return World()
+    devices: list[Any] = [None] * size
+    dist.all_gather_object(devices, (device.type, ray.get_runtime_context().get_node_id()))
+    kinds = {kind for kind, _ in devices}
+    if len(kinds) > 1:
+        raise RefusedError(
+            "cluster.gpus_per_worker: some workers see a GPU and some do not; Ray's GPUs must be "
+            "real on all nodes or on none"
+        )
+    tensors = None
+    if kinds == {"cuda"}:
+        tensors = dist.new_group(backend="nccl", timeout=timedelta(seconds=timeout))
+    return World(rank, size, len({node for _, node in devices}), tensors)
+
+
+def _check_shared(run_dir: Path, proof: str) -> None:
+    """The run's folder must be the driver's, on whatever machine this worker is.
+
+    Raises:
+        RefusedError: it is another folder of the same name.
+    """
+    from tenacity import RetryError, Retrying, retry_if_result
+    from tenacity.stop import stop_after_delay
+    from tenacity.wait import wait_fixed
+
+    from orchestrator.cluster.proof import proof_path
+
+    retrying = Retrying(
+        retry=retry_if_result(lambda there: not there),
+        stop=stop_after_delay(_SHARED_SECONDS),
+        wait=wait_fixed(0.5),
+    )
+    try:
+        retrying(proof_path(run_dir, proof).exists)
+    except RetryError:
+        raise RefusedError(
+            f"output_dir: {run_dir} on node {os.uname().nodename} is not the folder that the "
+            "command wrote to. With workers on several nodes it must be a path that all of them "
+            "share, or a storage URI such as s3://bucket/runs"
+        ) from None
+
+
+def _observer(run_dir: Path, leads: bool, name: str) -> Any:
+    from orchestrator.cluster.observer import Follower, Leader
+
+    return Leader(run_dir, name) if leads else Follower(run_dir)

@@ -4,8 +4,10 @@ A step is a function of the seed and its number alone, so resuming needs nothing
 """
 
 import math
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from functools import lru_cache
+from heapq import heappop, heappush
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,12 +33,13 @@ def step_indices(examples: int, batch_size: int, seed: int, step: int) -> NDArra
     """
     epoch, place = divmod(step - 1, steps_per_epoch(examples, batch_size))
     order = _epoch_order(examples, seed, epoch)
-    return order[place * batch_size : (place + 1) * batch_size]
+    # A copy: the cached order cannot be changed by who gets a part of it.
+    return order[place * batch_size : (place + 1) * batch_size].astype(np.int64)
 
 
 @lru_cache(maxsize=8)
-def _epoch_order(examples: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    return np.random.default_rng((seed, epoch)).permutation(examples)
+def _epoch_order(examples: int, seed: int, epoch: int) -> NDArray[np.uint32]:
+    return np.random.default_rng((seed, epoch)).permutation(examples).astype(np.uint32)
 
 
 def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -50,33 +53,33 @@ def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
         Rows of places in `lengths`; every place stands in exactly one row.
     """
     rows: list[list[int]] = []
-    room: list[int] = []
+    room: list[tuple[int, int]] = []  # (tokens left, row), least first
     for place in sorted(range(len(lengths)), key=lambda p: (-lengths[p], p)):
-        fits = [row for row, left in enumerate(room) if left >= lengths[place]]
-        if fits:
-            best = min(fits, key=lambda row: room[row])
-            rows[best].append(place)
-            room[best] -= lengths[place]
+        best = bisect_left(room, (lengths[place], 0))
+        if best < len(room):
+            left, row = room.pop(best)
+            rows[row].append(place)
         else:
+            left, row = budget, len(rows)
             rows.append([place])
-            room.append(budget - lengths[place])
+        insort(room, (left - lengths[place], row))
     return rows
 
 
 def deal(sizes: Sequence[int], workers: int) -> list[list[int]]:
-    """Deal rows to workers, the largest first to whoever has least.
+    """Deal examples to workers, the largest first to whoever has least.
 
     Args:
-        sizes: tokens of each row.
+        sizes: tokens of each example.
         workers: number of workers.
 
     Returns:
-        For each worker the places of its rows in `sizes`.
+        For each worker the places of its examples in `sizes`.
     """
     hands: list[list[int]] = [[] for _ in range(workers)]
-    loads = [0] * workers
+    loads = [(0, worker) for worker in range(workers)]  # a heap: (tokens, worker)
     for place in sorted(range(len(sizes)), key=lambda p: (-sizes[p], p)):
-        least = min(range(workers), key=lambda worker: loads[worker])
+        load, least = heappop(loads)
         hands[least].append(place)
-        loads[least] += sizes[place]
+        heappush(loads, (load + sizes[place], least))
     return hands

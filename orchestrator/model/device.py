@@ -7,11 +7,9 @@ from orchestrator.errors import RefusedError
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def training_device(local_rank: int = 0) -> torch.device:
-    """The GPU of this process, or the CPU where torch sees no CUDA device."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", local_rank)
-    return torch.device("cpu")
+def training_device() -> torch.device:
+    """The first GPU, or the CPU where torch sees no CUDA device."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -44,22 +44,55 @@ def ensure(
     dtype: torch.dtype,
     store: Path,
     say: Callable[[str], None],
+    shared: Path | None = None,
 ) -> Path:
     """The store's folder of this base, quantized now if no process has done so before.
+
+    Args:
+        source: the model.
+        quantization: how it is quantized.
+        dtype: the compute dtype.
+        store: this machine's store.
+        say: is told what takes long.
+        shared: a store that other machines reach too; what is made here is put there, and what
+            another machine has put there is fetched.
 
     Raises:
         ModelError: the model cannot be read, or its architecture is not supported.
     """
     entry = store / entry_key(source, quantization, dtype)
-    if _complete(entry):
-        return entry
-    store.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{entry}.lock", timeout=_LOCK_SECONDS):
-        if not _complete(entry):
-            shutil.rmtree(entry, ignore_errors=True)
-            say(f"Quantizing {source.name} to {quantization.type} (once; kept in {store})")
-            _build(source, quantization, dtype, entry)
+    if not _complete(entry):
+        store.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{entry}.lock", timeout=_LOCK_SECONDS):
+            if not _complete(entry):
+                shutil.rmtree(entry, ignore_errors=True)
+                if shared is not None and _complete(shared / entry.name):
+                    _copy(shared / entry.name, entry)
+                else:
+                    say(f"Quantizing {source.name} to {quantization.type} (once; kept in {store})")
+                    _build(source, quantization, dtype, entry)
+    if shared is not None and not _complete(shared / entry.name):
+        _copy(entry, shared / entry.name)
     return entry
+
+
+def _copy(entry: Path, target: Path) -> None:
+    """Copy a whole entry, beside and renamed.
+
+    Raises:
+        ModelError: the disk does not take it.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        try:
+            shutil.copytree(entry, beside, dirs_exist_ok=True)
+            shutil.rmtree(target, ignore_errors=True)
+            beside.replace(target)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+    except OSError as error:
+        raise ModelError(f"The quantized base cannot be copied to {target}: {error}") from error
 
 
 def tokenizer(

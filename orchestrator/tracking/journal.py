@@ -38,6 +38,8 @@ class Journal:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.last_step = 0
         """The highest step that stands in the journal; 0 before the first."""
+        self.starts = 0
+        """How often the run was started."""
         self._redact = redact
         self._lock = threading.Lock()
         self._seen: set[tuple[Any, ...]] = set()
@@ -87,6 +89,8 @@ class Journal:
         identity = _identity(event)
         if identity is not None:
             self._seen.add(identity)
+        if event["event"] == "start":
+            self.starts += 1
         if event["event"] == "step":
             self.last_step = max(self.last_step, event["step"])
 

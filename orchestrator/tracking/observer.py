@@ -1,9 +1,15 @@
 """The loop's observer: events go to the journal, the wish to stop comes from a file."""
 
+import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from orchestrator.tracking.journal import Journal, journal_path
+
+# How long `close` waits for storage that refuses the journal's last lines.
+_CLOSE_SECONDS = 60.0
 
 
 def stop_path(run_dir: Path) -> Path:
@@ -12,25 +18,67 @@ def stop_path(run_dir: Path) -> Path:
 
 
 class JournalObserver:
-    """Writes a run's journal; one process of a run holds it. A context manager."""
+    """Writes a run's journal; one process of a run holds it. A context manager.
+
+    Events that the storage refuses are kept, and written when it takes them again.
+    """
 
     def __init__(self, run_dir: Path) -> None:
         self._journal = Journal(journal_path(run_dir))
         self._stop = stop_path(run_dir)
+        self._kept: list[tuple[str, dict[str, Any]]] = []
+        # The sampler of the system's figures emits from a thread of its own.
+        self._lock = threading.Lock()
 
     def emit(self, event: str, **fields: Any) -> None:
         """Append one event."""
-        self._journal.append(event, **fields)
+        with self._lock, suppress(OSError):
+            # Storage that is full or away for a while must not end a training run.
+            self._kept.append((event, {"time": time.time(), **fields}))
+            self._write()
+
+    @property
+    def starts(self) -> int:
+        """How often the run was started so far."""
+        return self._journal.starts
 
     def stop_requested(self) -> bool:
         """Whether someone asked the run to end."""
         return self._stop.exists()
 
+    def save_requested(self) -> bool:
+        """Never: who takes processes away tells so in another way."""
+        return False
+
+    def close(self) -> None:
+        """Write what is left.
+
+        Raises:
+            OSError: the storage still refuses it.
+        """
+        end = time.monotonic() + _CLOSE_SECONDS
+        while True:
+            try:
+                with self._lock:
+                    self._write()
+                break
+            except OSError:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(1)
+        self._journal.close()
+
+    def _write(self) -> None:
+        while self._kept:
+            event, fields = self._kept[0]
+            self._journal.append(event, **fields)
+            del self._kept[0]
+
     def __enter__(self) -> "JournalObserver":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._journal.close()
+        self.close()
 
 
 class StopOnly:
@@ -45,3 +93,7 @@ class StopOnly:
     def stop_requested(self) -> bool:
         """Whether someone asked the run to end."""
         return self._stop.exists()
+
+    def save_requested(self) -> bool:
+        """Never, as in `JournalObserver`."""
+        return False

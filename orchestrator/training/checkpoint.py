@@ -73,6 +73,19 @@ def newest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
     return None
 
 
+def read(folder: Path, step: int) -> Checkpoint:
+    """The checkpoint of one step, whole.
+
+    Raises:
+        CheckpointError: it is not there or damaged.
+    """
+    path = folder / f"step-{step:08d}"
+    try:
+        return _read(path)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}. Is output_dir shared?") from error
+
+
 def prune(folder: Path, keep: int, best_step: int | None) -> None:
     """Delete all but the `keep` newest checkpoints and the best one, and what kills left behind."""
     paths = sorted(folder.glob("step-*"), reverse=True)

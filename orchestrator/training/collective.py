@@ -1,40 +1,126 @@
 """What workers say to one another; a single process says it to itself."""
 
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from orchestrator.errors import OrchestratorError, WorkerLostError
 
-@dataclass(frozen=True)
+# Quantizing a very large base is the longest that workers wait for one of them.
+_LONGEST_PART = timedelta(hours=4)
+
+
 class World:
-    """This process among `size` equal ones."""
+    """This process among `size` equal ones.
 
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
+    Attributes:
+        nodes: machines the workers run on.
+        waited: seconds spent in `sum` so far, waiting for slower workers included.
+        sent: bytes that this worker handed to `sum` so far.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, nodes: int = 1, tensors: Any = None) -> None:
+        """Of torch's default process group.
+
+        Args:
+            rank: this process's place.
+            size: number of processes.
+            nodes: machines they run on.
+            tensors: the group that sums tensors on their device; None is the default group.
+        """
+        self.rank, self.size, self.nodes = rank, size, nodes
+        self._tensors = tensors
+        self.waited, self.sent = 0.0, 0
 
     @property
     def leads(self) -> bool:
         """Whether this process writes journal, checkpoints and adapter."""
         return self.rank == 0
 
-    def sum(self, tensors: list[Tensor]) -> None:
-        """Sum each tensor over all workers, in place, in one collective."""
+    def sum(self, tensors: Sequence[Tensor]) -> None:
+        """Sum each tensor over all workers, in place, in one collective of float32.
+
+        Raises:
+            WorkerLostError: a worker died or is silent for longer than the group's timeout.
+        """
         if self.size == 1:
             return
         flat = torch.cat([t.reshape(-1).to(torch.float32) for t in tensors])
-        dist.all_reduce(flat)
+        began = time.perf_counter()
+        with _others_may_be_lost():
+            dist.all_reduce(flat, group=self._tensors)
+            if flat.is_cuda:
+                # Kernels run on; only here does the wait for the others end.
+                torch.cuda.synchronize(flat.device)
+        self.waited += time.perf_counter() - began
+        self.sent += flat.numel() * flat.element_size()
         start = 0
         for tensor in tensors:
             tensor.copy_(flat[start : start + tensor.numel()].view_as(tensor))
             start += tensor.numel()
 
-    def any(self, flag: bool, device: torch.device) -> bool:
-        """Whether the flag is set on any worker; all hear the same answer."""
+    def any(self, *flags: bool) -> list[bool]:
+        """For each flag whether it is set on any worker; all hear the same answer.
+
+        Raises:
+            WorkerLostError: as `sum`.
+        """
         if self.size == 1:
-            return flag
-        votes = torch.tensor([float(flag)], device=device)
-        self.sum([votes])
-        return bool(votes.item())
+            return list(flags)
+        votes = torch.tensor(flags, dtype=torch.uint8)
+        with _others_may_be_lost():
+            dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+        return [bool(vote) for vote in votes.tolist()]
+
+    def from_leader(self, value: Any) -> Any:
+        """The leader's value, on every worker.
+
+        Raises:
+            WorkerLostError: as `sum`.
+        """
+        if self.size == 1:
+            return value
+        values = [value]
+        with _others_may_be_lost():
+            dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A part of the work that may take hours and may be refused on any worker.
+
+        All leave it when the last has done it, with the same outcome.
+
+        Raises:
+            OrchestratorError: the first that a worker raised, by rank.
+            WorkerLostError: a worker died.
+        """
+        error: OrchestratorError | None = None
+        try:
+            yield
+        except OrchestratorError as raised:
+            error = raised
+        if self.size > 1:
+            errors: list[OrchestratorError | None] = [None] * self.size
+            with _others_may_be_lost():
+                dist.monitored_barrier(timeout=_LONGEST_PART)
+                dist.all_gather_object(errors, error)
+            error = next((found for found in errors if found is not None), None)
+        if error is not None:
+            raise error
+
+
+@contextmanager
+def _others_may_be_lost() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        # Gloo and NCCL have no class of their own for a peer that is gone or silent.
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise WorkerLostError(f"Another worker died or hangs: {first}") from error

@@ -1,8 +1,8 @@
 """The step: k adapters, one frozen base, rows of tokens.
 
-A step's examples are cut into rows, the rows are dealt to the workers, each row is one forward
-and backward pass. The losses are normalised by each tenant's own targets over all workers, so
-neither the cut nor the deal shows in the result.
+A step's examples are dealt to the workers by tokens, each worker lays its own out in rows, each
+row is one forward and backward pass. The losses are normalised by each tenant's own targets over
+all workers, so neither the deal nor the cut shows in the result.
 """
 
 import math
@@ -87,11 +87,10 @@ class Engine:
         return total.item(), _target_count(segments)
 
     def _rows(self, segments: Sequence[Segment]) -> list[Row]:
-        """This worker's rows."""
-        rows = arrange(segments, self.tokens_per_pass)
-        sizes = [sum(len(s.example.ids) for s in row) for row in rows]
-        mine = deal(sizes, self.world.size)[self.world.rank]
-        return [build(rows[index]).to(self.base.device) for index in mine]
+        """This worker's share of the segments, by tokens, in rows."""
+        lengths = [len(segment.example.ids) for segment in segments]
+        mine = [segments[place] for place in deal(lengths, self.world.size)[self.world.rank]]
+        return [build(row).to(self.base.device) for row in arrange(mine, self.tokens_per_pass)]
 
     def _train_row(self, row: Row, holders: Sequence[Adapter], factors: Tensor) -> Tensor:
         """Forward and backward of one row; returns each tenant's sum of losses, float64 (k,)."""

@@ -11,3 +11,9 @@ class Observer(Protocol):
 
     def stop_requested(self) -> bool:
         """Whether the loop shall save a checkpoint and end after the present step."""
+
+    def save_requested(self) -> bool:
+        """Whether this process is about to be taken away, so that a checkpoint should be saved.
+
+        True once for each such notice.
+        """

@@ -13,7 +13,13 @@ import torch
 from orchestrator.config import JobConfig
 from orchestrator.data import EncodedDataset, PreparedData, prepare
 from orchestrator.data.batches import step_indices, total_steps
-from orchestrator.errors import DataError, InterruptedRunError, RefusedError, TrainingError
+from orchestrator.errors import (
+    CheckpointError,
+    DataError,
+    InterruptedRunError,
+    RefusedError,
+    TrainingError,
+)
 from orchestrator.model import base as bases
 from orchestrator.model import device as devices
 from orchestrator.model import source, store
@@ -23,6 +29,7 @@ from orchestrator.training.checkpoint import Checkpoint
 from orchestrator.training.collective import World
 from orchestrator.training.engine import Engine
 from orchestrator.training.events import Observer
+from orchestrator.training.patience import patiently
 from orchestrator.training.progress import Progress
 from orchestrator.training.rows import Segment
 from orchestrator.training.tenant import Tenant
@@ -32,7 +39,10 @@ _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 
 @dataclass
 class _Run:
-    """What the loop holds in its hands; only `progress` changes."""
+    """What the loop holds in its hands; only `progress` changes, and whether a checkpoint is due.
+
+    overdue: the storage refused the last checkpoint.
+    """
 
     job: JobConfig
     folder: Path
@@ -45,6 +55,7 @@ class _Run:
     observer: Observer
     total: int
     progress: Progress = field(default_factory=Progress)
+    overdue: bool = False
 
     @property
     def identity(self) -> dict[str, str]:
@@ -63,14 +74,20 @@ class _Claim:
 
 
 def run(
-    job: JobConfig, folder: Path, cache_dir: Path, world: World, observer: Observer
+    job: JobConfig,
+    folder: Path,
+    cache_dir: Path,
+    device: torch.device | None,
+    world: World,
+    observer: Observer,
 ) -> dict[str, Any]:
     """Fine-tune, or go on where the newest checkpoint in `folder` ends.
 
     Args:
         job: the resolved job.
-        folder: the run's folder; checkpoints and adapter lie in it.
-        cache_dir: where quantized bases and tokenized data are kept.
+        folder: the run's folder, which all workers reach; checkpoints and adapter lie in it.
+        cache_dir: where this machine keeps quantized bases and tokenized data.
+        device: what this process trains on; None takes the first GPU, or the CPU.
         world: this process among the workers.
         observer: hears every event, and says when to stop.
 
@@ -83,11 +100,12 @@ def run(
         InterruptedRunError: the observer asked to stop; a checkpoint was written.
         ProofError: the saved adapter is not what was trained.
     """
+    device = device or devices.training_device()
     memory.keep_freed_memory()
-    device = devices.training_device(world.local_rank)
     memory.reset_peak(device)
     state = _open(job, folder, cache_dir, device, world, observer)
-    _resume(state)
+    with world.together():
+        _resume(state)
     _emit_start(state, device)
     if state.progress.step == 0:
         _evaluate(state)
@@ -121,16 +139,40 @@ def _open(
     world: World,
     observer: Observer,
 ) -> _Run:
-    dtype = devices.compute_dtype(job.quantization.compute_dtype, device)
-    optimizers.resolve(job.training.optimizer, device)
     say = _teller(observer)
-    origin = source.locate(job.model, cache_dir)
-    bases_dir = cache_dir / "bases"
     # The data is read before the base is quantized: a bad row is found in seconds, not hours.
-    tokenizer = store.tokenizer(origin, job.quantization, dtype, bases_dir)
-    data = prepare(job.data, tokenizer, cache_dir / "data")
+    with world.together():
+        dtype = devices.compute_dtype(job.quantization.compute_dtype, device)
+        optimizers.resolve(job.training.optimizer, device)
+        origin = source.locate(job.model, cache_dir)
+        bases_dir = cache_dir / "bases"
+        tokenizer = store.tokenizer(origin, job.quantization, dtype, bases_dir)
+        data = prepare(job.data, tokenizer, cache_dir / "data")
     observer.emit("data", summary=data.summary())
-    entry = store.ensure(origin, job.quantization, dtype, bases_dir, say)
+    # Quantized once: by the leader, whose machine's other workers find it in their store; other
+    # machines fetch it from beside the run.
+    shared = folder.parent / ".bases" if world.nodes > 1 else None
+    with world.together():
+        if world.leads:
+            entry = store.ensure(origin, job.quantization, dtype, bases_dir, say, shared)
+    with world.together():
+        _check_alike(world, store.entry_key(origin, job.quantization, dtype), data)
+        entry = store.ensure(origin, job.quantization, dtype, bases_dir, say, shared)
+        state = _assemble(job, folder, entry, data, tokenizer, device, world, observer)
+    return state
+
+
+def _assemble(
+    job: JobConfig,
+    folder: Path,
+    entry: Path,
+    data: PreparedData,
+    tokenizer: Any,
+    device: torch.device,
+    world: World,
+    observer: Observer,
+) -> _Run:
+    """Load the base and put a fresh adapter on it."""
     base = bases.load(entry, device, job.model.trust_remote_code)
     _check_lengths(data, base)
     adapters = AdapterSet(base.model)
@@ -153,10 +195,31 @@ def _open(
     )
 
 
+def _check_alike(world: World, base: str, data: PreparedData) -> None:
+    """All workers see the same model and the same rows, or none trains."""
+    leading_base, leading_data = world.from_leader((base, data.digest))
+    if leading_base != base:
+        raise RefusedError(
+            "model.base: the workers' machines hold different files under this name, or their GPUs "
+            "differ in quantization.compute_dtype: auto; set it, or put the model where all reach "
+            "the same"
+        )
+    if leading_data != data.digest:
+        raise DataError(
+            "data.train: the workers' machines hold different rows under this name; put the data "
+            "where all reach the same"
+        )
+
+
 def _resume(state: _Run) -> None:
-    found = checkpoint.newest(state.folder / "checkpoints", _teller(state.observer))
-    if found is None:
+    """Take over the newest whole checkpoint; the leader decides which that is."""
+    folder, found = state.folder / "checkpoints", None
+    if state.world.leads:
+        found = checkpoint.newest(folder, _teller(state.observer))
+    step = state.world.from_leader(None if found is None else found.step)
+    if step is None:
         return
+    found = found or checkpoint.read(folder, step)
     if found.state["identity"] != state.identity:
         raise RefusedError(
             f"{state.folder} holds a run of another base or other data (its content changed). "
@@ -174,10 +237,14 @@ def _train(state: _Run) -> None:
         _step(state, step)
         if step % evaluation_every == 0 or step == state.total:
             _evaluate(state)
-        stop = state.world.any(state.observer.stop_requested(), state.engine.base.device)
+        stop, leave = state.world.any(
+            state.observer.stop_requested(), state.observer.save_requested()
+        )
         best = state.progress.best_step == step
-        if stop or best or step % checkpoint_every == 0 or step == state.total:
-            _save(state)
+        if stop or step == state.total:
+            _save_at_last(state)
+        elif leave or best or state.overdue or step % checkpoint_every == 0:
+            _try_to_save(state)
         if stop and step < state.total:
             raise InterruptedRunError(
                 f"Stopped after step {step} of {state.total}; its checkpoint is in {state.folder}. "
@@ -187,7 +254,7 @@ def _train(state: _Run) -> None:
 
 def _step(state: _Run, step: int) -> None:
     """One optimizer step; everything around it is reporting."""
-    began = time.perf_counter()
+    began, waited = time.perf_counter(), state.world.waited
     training = state.job.training
     dataset = state.data.train
     indices = step_indices(len(dataset), training.batch_size, training.seed, step)
@@ -213,6 +280,7 @@ def _step(state: _Run, step: int) -> None:
         target_tokens=result.target_tokens,
         tokens_per_second=result.tokens / seconds,
         seconds=seconds,
+        collective_seconds=state.world.waited - waited,
         memory_bytes=memory.used_bytes(state.engine.base.device),
     )
 
@@ -238,6 +306,23 @@ def _sample(state: _Run, when: str) -> None:
         state.engine, state.tenant.adapter, dataset, count, state.tokenizer
     ):
         state.observer.emit("sample", when=when, step=state.progress.step, **vars(sample))
+
+
+def _try_to_save(state: _Run) -> None:
+    """Write a checkpoint; where the storage refuses it, say so, and try again after each step."""
+    try:
+        _save(state)
+        state.overdue = False
+    except CheckpointError as error:
+        if not state.overdue:
+            state.observer.emit("warning", message=f"{error}. Training goes on meanwhile")
+        state.overdue = True
+
+
+def _save_at_last(state: _Run) -> None:
+    """Write a checkpoint that nothing comes after, patiently."""
+    with state.world.together():
+        patiently(lambda: _save(state), _teller(state.observer))
 
 
 def _save(state: _Run) -> None:
@@ -289,7 +374,10 @@ def _results(state: _Run, device: torch.device) -> dict[str, Any]:
 def _save_adapter(state: _Run) -> _Claim:
     """Save the adapter, and keep what the trained model says so that it can be proved."""
     base, adapter = state.engine.base, state.tenant.adapter
-    export.save_adapter(adapter, base, state.job.model.base, state.folder / "adapter")
+    patiently(
+        lambda: export.save_adapter(adapter, base, state.job.model.base, state.folder / "adapter"),
+        _teller(state.observer),
+    )
     example = _shortest(state.data.validation or state.data.train)
     ids, logits = export.proof_logits(base, state.engine.adapters, adapter, example)
     return _Claim(state.folder / "adapter", state.entry, base.dtype, ids, logits)

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,9 +40,12 @@ class Commands:
         self.environment = {**os.environ, "ORCHESTRATOR_CACHE": str(cache)}
         self._started: list[subprocess.Popen[str]] = []
 
-    def start(self, *arguments: object, **environment: str) -> subprocess.Popen[str]:
+    def start(
+        self, *arguments: object, prefix: Sequence[str] = (), **environment: str
+    ) -> subprocess.Popen[str]:
         process = subprocess.Popen(
             [
+                *prefix,
                 sys.executable,
                 "-c",
                 "from orchestrator.cli import main; main()",

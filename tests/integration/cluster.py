@@ -1,0 +1,167 @@
+"""A Ray cluster of several nodes on this machine, each a `ray start --block` of its own."""
+
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import psutil
+
+SECONDS = 90
+RAY = [sys.executable, "-c", "from ray.scripts.scripts import main; main()"]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class Node:
+    """One `ray start --block`; `mark` is a resource of its own, by which Ray knows it."""
+
+    process: subprocess.Popen[bytes]
+    mark: str
+    cache: Path
+
+    def kill(self) -> None:
+        """As a machine that loses power: all its processes at once, by their ids."""
+        family = psutil.Process(self.process.pid)
+        for process in [family, *family.children(recursive=True)]:
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+        self.process.wait()
+
+    def workers(self) -> list[psutil.Process]:
+        """The training workers that run on this node."""
+        found = psutil.Process(self.process.pid).children(recursive=True)
+        return [p for p in found if "RayTrainWorker" in _command(p)]
+
+
+@dataclass
+class RayCluster:
+    """Head without resources; nodes join and are killed. Token authentication is on."""
+
+    folder: Path
+    token: str = field(default_factory=lambda: secrets.token_hex(16))
+    port: int = field(default_factory=free_port)
+    dashboard: int = field(default_factory=free_port)
+    nodes: list[Node] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        # A socket's path is short.
+        self._temporary = mkdtemp(prefix="ray", dir="/tmp")
+        options = ["--head", f"--port={self.port}", f"--temp-dir={self._temporary}"]
+        options += ["--include-dashboard=true", f"--dashboard-port={self.dashboard}"]
+        options += ["--dashboard-host=127.0.0.1", "--num-cpus=0", "--num-gpus=0"]
+        self.head = self._start("head", options)
+        self._wait_for(lambda: self.alive())
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def jobs_address(self) -> str:
+        return f"http://127.0.0.1:{self.dashboard}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a command needs to be let in."""
+        return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token}
+
+    def add(self, cpus: int = 2, gpus: int = 0) -> Node:
+        """Join a node and wait until Ray counts it."""
+        before = len(self.alive())
+        mark = f"node{len(self.nodes)}"
+        options = [f"--address={self.address}", f"--num-cpus={cpus}", f"--num-gpus={gpus}"]
+        options += [f"--resources={json.dumps({mark: 1})}"]
+        node = self._start(mark, options)
+        self.nodes.append(node)
+        self._wait_for(lambda: len(self.alive()) > before)
+        return node
+
+    def drain(self, node: Node, seconds: int) -> None:
+        """Tell Ray, as a cloud does, that the node goes away in so many seconds."""
+        (found,) = [n for n in self.alive() if node.mark in n["resourcesTotal"]]
+        options = ["drain-node", f"--address={self.address}", f"--node-id={found['nodeId']}"]
+        options += ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot"]
+        options += [f"--deadline-remaining-seconds={seconds}"]
+        self.ray(*options)
+
+    def ray(self, *arguments: str) -> str:
+        """Run a command of Ray's own."""
+        done = subprocess.run(
+            [*RAY, *arguments],
+            env={**os.environ, **self.environment},
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def alive(self) -> list[dict[str, Any]]:
+        """What Ray knows of its living nodes, from the dashboard; nothing while that starts."""
+        request = urllib.request.Request(
+            f"{self.jobs_address}/nodes?view=summary",
+            headers={"Authorization": f"Bearer {self.token}"},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=5) as answer:
+                nodes = json.load(answer)["data"]["summary"]
+        except OSError:
+            return []
+        return [node["raylet"] for node in nodes if node["raylet"].get("state") == "ALIVE"]
+
+    def close(self) -> None:
+        for node in reversed([self.head, *self.nodes]):
+            if node.process.poll() is None:
+                node.kill()
+
+    def _start(self, mark: str, options: list[str]) -> Node:
+        cache = self.folder / f"cache-{mark}"
+        cache.mkdir(parents=True, exist_ok=True)
+        environment = {**os.environ, **self.environment, "ORCHESTRATOR_CACHE": str(cache)}
+        # A node is lost when it has been silent for a few seconds, not for half a minute.
+        environment["RAY_health_check_period_ms"] = "1000"
+        environment["RAY_health_check_failure_threshold"] = "5"
+        with (self.folder / f"{mark}.log").open("wb") as log:
+            process = subprocess.Popen(
+                [*RAY, "start", "--block", "--disable-usage-stats", *options],
+                env=environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        return Node(process, mark, cache)
+
+    def _wait_for(self, true: Any) -> None:
+        end = time.monotonic() + SECONDS
+        while not true():
+            assert time.monotonic() < end, "the Ray cluster does not come up"
+            time.sleep(0.2)
+
+
+def _command(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return ""
+
+
+def stop(process: psutil.Process) -> None:
+    """A process that hangs."""
+    process.send_signal(signal.SIGSTOP)
