@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 CONSTRAINTS := infra/constraints.txt
 
-.PHONY: help setup demo test test-unit test-gpu lint format types bench clean
+.PHONY: help setup demo test test-cluster test-unit test-gpu lint format types bench clean
 
 help: ## Say what each target does
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -29,8 +29,11 @@ $(VENV)/.model: $(VENV)/.ready
 demo: .demo/train.jsonl ## Fine-tune SmolLM2-135M in 4 bit through Ray Train on this machine
 	$(BIN)/orchestrator finetune jobs/examples/demo.yaml
 
-test: $(VENV)/.model ## Unit and integration tests, without those that need a GPU
-	$(BIN)/python -m pytest tests/unit tests/integration -m "not gpu" -q
+test: $(VENV)/.model ## Unit and integration tests, without those that need a GPU or a cluster
+	$(BIN)/python -m pytest tests/unit tests/integration -m "not gpu and not cluster" -q
+
+test-cluster: $(VENV)/.model ## Several nodes on this machine, and faults of every kind
+	$(BIN)/python -m pytest tests/integration -m cluster -q
 
 test-unit: $(VENV)/.ready ## Unit tests alone
 	$(BIN)/python -m pytest tests/unit -m "not gpu" -q

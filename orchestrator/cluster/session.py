@@ -12,8 +12,9 @@ from orchestrator.cluster.plan import Resources
 from orchestrator.errors import OrchestratorError, RefusedError
 
 _JOIN = (
-    "Start one with `ray start --head`, or take auto or local. Where one runs, give the command its "
-    "token: in RAY_AUTH_TOKEN, in a file that RAY_AUTH_TOKEN_PATH names, or in ~/.ray/auth_token"
+    "Start one with `ray start --head`, or take auto or local. Where one runs, give the "
+    "command its token: in RAY_AUTH_TOKEN, in a file that RAY_AUTH_TOKEN_PATH names, or in "
+    "~/.ray/auth_token"
 )
 
 

@@ -120,5 +120,12 @@ def wait_for(
     pytest.fail("it never came")
 
 
+def wait_until(true: Callable[[], bool], what: str) -> None:
+    end = time.monotonic() + SECONDS
+    while not true():
+        assert time.monotonic() < end, f"waited in vain until {what}"
+        time.sleep(0.002)
+
+
 def reached(step: int) -> Callable[[list[dict[str, Any]]], bool]:
     return lambda events: any(e["event"] == "step" and e["step"] >= step for e in events)

@@ -11,6 +11,8 @@ from torch.testing import assert_close
 from tests.integration.cluster import RayCluster
 from tests.integration.conftest import Commands, curve, journal
 
+pytestmark = pytest.mark.cluster
+
 JobFile = Callable[..., Path]
 # Uneven lengths, and a last batch of an epoch with fewer examples than the others.
 TRAINING = {"max_steps": 30, "batch_size": 7}
