@@ -61,6 +61,32 @@ def finetune(job: str, overrides: tuple[str, ...], local: bool, as_json: bool) -
 @main.command()
 @_JOB
 @_SET
+@click.option("--gpu-memory", metavar="SIZE", help="Plan for GPUs of this memory, such as 48GiB.")
+@click.option("--gpus", type=click.IntRange(min=1), help="Plan for so many GPUs.")
+@_JSON
+def plan(
+    job: str, overrides: tuple[str, ...], gpu_memory: str | None, gpus: int | None, as_json: bool
+) -> None:
+    """Say what JOB.yaml takes of a GPU, and whether it fits, without loading weights."""
+    from orchestrator.errors import OrchestratorError
+
+    try:
+        from orchestrator.jobfile import load_job
+        from orchestrator.plan import describe, parse_bytes, plan_job
+
+        size = None if gpu_memory is None else parse_bytes(gpu_memory)
+        with redirect_stdout(sys.stderr):
+            made = plan_job(load_job(job, overrides), size, gpus)
+    except OrchestratorError as error:
+        _end(error.exit_status, str(error), as_json, job)
+    click.echo(describe(made), err=True)
+    if as_json:
+        click.echo(json.dumps(made.to_json()))
+
+
+@main.command()
+@_JOB
+@_SET
 @click.option("--port", default=5000, show_default=True, help="Port on 127.0.0.1.")
 def ui(job: str, overrides: tuple[str, ...], port: int) -> None:
     """Open the MLflow UI over the job's store."""

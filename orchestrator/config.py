@@ -86,6 +86,12 @@ def _file_name(value: str) -> str:
     return value
 
 
+def _folder(value: str) -> str:
+    if "://" in value:
+        raise ValueError("give a folder that all nodes share; storage URIs are not supported yet")
+    return value
+
+
 PositiveInt = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -267,7 +273,7 @@ class JobConfig(_Section):
 
     name: Annotated[str, Field(min_length=1), AfterValidator(_file_name)]
     """Identity: the same name in the same output_dir continues."""
-    output_dir: Annotated[str, Field(min_length=1)] = "runs"
+    output_dir: Annotated[str, Field(min_length=1), AfterValidator(_folder)] = "runs"
     model: ModelConfig
     quantization: QuantizationConfig = QuantizationConfig()
     lora: LoraConfig = LoraConfig()

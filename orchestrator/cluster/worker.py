@@ -100,7 +100,7 @@ def _check_shared(run_dir: Path, proof: str) -> None:
         raise RefusedError(
             f"output_dir: {run_dir} on node {os.uname().nodename} is not the folder that the "
             "command wrote to. With workers on several nodes it must be a path that all of them "
-            "share, or a storage URI such as s3://bucket/runs"
+            "share"
         ) from None
 
 

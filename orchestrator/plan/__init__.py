@@ -1,0 +1,11 @@
+"""Before a launch: bytes, budgets, trials and time of a job, without loading any weights.
+
+Knows job files and transformers' model classes, which it builds on torch's meta device; knows
+nothing of the rooms that do the work. That it mirrors them is what its tests hold.
+"""
+
+from orchestrator.plan.planner import Plan, plan_job
+from orchestrator.plan.show import describe
+from orchestrator.plan.sizes import parse_bytes
+
+__all__ = ["Plan", "describe", "parse_bytes", "plan_job"]

@@ -1,0 +1,194 @@
+"""A job's bytes on one device as a function of its settings, and the best settings that fit."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from orchestrator.config import JobConfig
+from orchestrator.plan.machine import Machine
+from orchestrator.plan.parts import (
+    WIDTH,
+    BaseBytes,
+    adapter_bytes,
+    adapter_parameters,
+    base_bytes,
+    compute_dtype,
+    optimizer_bytes,
+    target_layers,
+)
+from orchestrator.plan.passes import Pass, PassBytes, pass_bytes
+from orchestrator.plan.shapes import Shape
+
+# As in training/budget.py: longer passes are no faster.
+MOST_TOKENS = {True: 16384, False: 1024}
+STEP, MOST_TRIALS = 256, 64
+# A budget that is chosen for the user leaves the allocator room for holes between its blocks.
+_FILLED = 0.9
+# As in model/attention.py: up to here a CPU keeps the attention's probabilities.
+_DENSE_LIMIT = 512
+
+
+@dataclass(frozen=True)
+class Need:
+    """A job on a device. `longest`: tokens of its longest example."""
+
+    shape: Shape
+    machine: Machine
+    job: JobConfig
+    trials: int
+    longest: int
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A job with its token budget and checkpointing decided."""
+
+    need: Need
+    tokens: int
+    checkpointing: bool
+
+    @cached_property
+    def dtype(self) -> str:
+        """The compute dtype."""
+        return compute_dtype(self.need.job, self.need.machine)
+
+    @cached_property
+    def base(self) -> BaseBytes:
+        """The frozen base."""
+        quantization = self.need.job.quantization
+        quantized = quantization.type != "none"
+        return base_bytes(self.need.shape, quantized, quantization.double_quant, self.dtype)
+
+    @cached_property
+    def adapter_parameters(self) -> int:
+        """Weights of one adapter."""
+        job = self.need.job
+        layers = target_layers(self.need.shape, job.lora.target_modules)
+        return adapter_parameters(layers, largest_rank(job))
+
+    @property
+    def collective(self) -> int:
+        """The flat float32 copy of all gradients that workers sum (collective.py)."""
+        if self.need.machine.gpus == 1:
+            return 0
+        return 4 * self.need.trials * self.adapter_parameters
+
+    @property
+    def largest_weight(self) -> int:
+        """The largest layer's weight when dequantized for its product."""
+        if self.need.job.quantization.type == "none":
+            return 0
+        sizes = [layer.weights for layer in self.need.shape.linears if layer.quantized]
+        return max(sizes, default=0) * WIDTH[self.dtype]
+
+    @cached_property
+    def passed(self) -> PassBytes:
+        """The pass that holds most, of the rows that the data may give."""
+        return max((pass_bytes(self.need.shape, p) for p in self._passes()), key=lambda b: b.peak)
+
+    @cached_property
+    def parts(self) -> dict[str, int]:
+        """Bytes by part; they add up to `total`."""
+        need, trials = self.need, self.need.trials
+        parameters = self.adapter_parameters
+        peak, logits = self.passed.peak, self.passed.logits if self.passed.in_loss else 0
+        static = {
+            "base": self.base.total,
+            "adapters": trials * adapter_bytes(parameters, self.dtype),
+            "gradients": trials * 4 * parameters,
+            "optimizer": trials
+            * optimizer_bytes(parameters, need.job.training.optimizer, need.machine),
+        }
+        # Activations are gone when the workers sum their gradients.
+        peak = max(peak, self.collective)
+        moving = {"activations": peak - logits, "logits": logits}
+        parts = {**static, **moving, "overhead": need.machine.overhead + self.passed.holes}
+        return {**parts, "total": sum(parts.values())}
+
+    @property
+    def total(self) -> int:
+        """Bytes on each device."""
+        return self.parts["total"]
+
+    def _passes(self) -> list[Pass]:
+        need, job, trials = self.need, self.need.job, self.need.trials
+        layers = target_layers(need.shape, job.lora.target_modules)
+        rows = [self._row(need.longest)]
+        if not need.machine.cuda and need.longest > _DENSE_LIMIT:
+            # A row of short examples alone keeps their attention's probabilities.
+            rows.append(self._row(_DENSE_LIMIT))
+        return [
+            Pass(
+                lengths=row,
+                checkpointing=self.checkpointing,
+                rank=largest_rank(job),
+                tenants=min(need.trials, len(row)),
+                dropout=job.lora.dropout,
+                targets=frozenset(layer.name for layer in layers),
+                quantized=job.quantization.type != "none",
+                double_quant=job.quantization.double_quant,
+                dtype=self.dtype,
+                cuda=need.machine.cuda,
+                standing=() if need.machine.cuda else (4 * self.adapter_parameters,) * 2 * trials,
+            )
+            for row in rows
+        ]
+
+    def _row(self, longest: int) -> tuple[int, ...]:
+        """A full row of examples that are as long as they may be."""
+        tokens = max(self.tokens, longest)
+        whole, rest = divmod(tokens, longest)
+        return (longest,) * whole + ((rest,) if rest else ())
+
+
+def settle(need: Need) -> Settled:
+    """What the job file says; where it says `auto`, the best that fits.
+
+    A pass that recomputes its layers costs a third more, a short one little: so layers are
+    recomputed only where without it not even an eighth of the wanted tokens fits.
+    """
+    training, most = need.job.training, MOST_TOKENS[need.machine.cuda]
+    wanted = most if training.tokens_per_pass == "auto" else training.tokens_per_pass
+    fixed = training.tokens_per_pass != "auto"
+    checkpointing = training.gradient_checkpointing
+    if checkpointing == "auto":
+        least = wanted if fixed else max(STEP, wanted // 8)
+        checkpointing = not _fits(Settled(need, least, False), _FILLED)
+    if fixed:
+        return Settled(need, wanted, checkpointing)
+    count = _largest(
+        wanted // STEP, lambda n: _fits(Settled(need, n * STEP, checkpointing), _FILLED)
+    )
+    return Settled(need, max(1, count) * STEP, checkpointing)
+
+
+def most_tenants(need: Need) -> int:
+    """How many adapters at once fit over one base, at most MOST_TRIALS."""
+    training = need.job.training
+    tokens = STEP if training.tokens_per_pass == "auto" else training.tokens_per_pass
+    recomputed = training.gradient_checkpointing is not False
+    return _largest(
+        MOST_TRIALS, lambda n: _fits(Settled(replace(need, trials=n), tokens, recomputed))
+    )
+
+
+def largest_rank(job: JobConfig) -> int:
+    """The rank to plan for: the job's, or the largest that its sweep may try."""
+    domain = job.sweep.search_space.get("lora.rank", {}) if job.sweep else {}
+    values = [value for bounds in domain.values() for value in bounds]
+    return max([job.lora.rank, *(int(value) for value in values)])
+
+
+def _fits(settled: Settled, filled: float = 1.0) -> bool:
+    return settled.total <= filled * settled.need.machine.memory
+
+
+def _largest(most: int, holds: Callable[[int], bool]) -> int:
+    """The largest n up to `most` for which `holds` is true, 0 if none; it is false from there."""
+    if holds(most):
+        return most
+    low, high = 0, most
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low

@@ -1,0 +1,132 @@
+"""`plan_job`: a job's bytes on one device, whether they fit, and what would make them fit."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from orchestrator.config import JobConfig
+from orchestrator.plan import advice as advices
+from orchestrator.plan.fit import Need, Settled, largest_rank, most_tenants, settle
+from orchestrator.plan.machine import machine
+from orchestrator.plan.parts import WIDTH
+from orchestrator.plan.shapes import read_shape
+from orchestrator.plan.speed import Pace, pace
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a job takes of each device.
+
+    Attributes:
+        fits: whether the total is within `gpu_bytes`.
+        gpu_bytes: memory of one device; on a CPU what this process can have.
+        per_gpu_bytes: base, adapters, gradients, optimizer, activations, logits, overhead, total.
+            `activations` and `logits` are what is held when a pass holds most; `activations`
+            includes the dequantized weight of that moment.
+        concurrent_trials: how many adapters at once would fit, at most 64.
+        tokens_per_pass: the job's token budget, or the best that fits.
+        disk_bytes: the quantized base, checkpoints and adapter.
+        advice: `--set` arguments, cheapest change first, that together make the job fit.
+        details: further figures by name.
+    """
+
+    fits: bool
+    gpu_bytes: int
+    per_gpu_bytes: dict[str, int]
+    concurrent_trials: int
+    tokens_per_pass: int
+    disk_bytes: int
+    advice: tuple[str, ...]
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that `plan --json` prints."""
+        return {
+            "fits": self.fits,
+            "gpu_bytes": self.gpu_bytes,
+            "per_gpu_bytes": dict(self.per_gpu_bytes),
+            "concurrent_trials": self.concurrent_trials,
+            "tokens_per_pass": self.tokens_per_pass,
+            "disk_bytes": self.disk_bytes,
+            "advice": list(self.advice),
+            **self.details,
+        }
+
+
+def plan_job(
+    job: JobConfig,
+    gpu_memory: int | None = None,
+    gpus: int | None = None,
+    trials: int = 1,
+    longest: int | None = None,
+    calibrate: bool = True,
+) -> Plan:
+    """Plan a job without loading any weights.
+
+    Args:
+        job: the resolved job.
+        gpu_memory: bytes of a GPU that need not be here; None plans for the device at hand.
+        gpus: number of devices; None takes the job's workers or what is here.
+        trials: adapters that train at once over one base.
+        longest: tokens of the longest example, where known; `data.max_length` otherwise.
+        calibrate: time the device at hand for a moment, to say how long the job takes.
+
+    Raises:
+        RefusedError: the model's shape is not to be had, or the settings contradict the device.
+    """
+    workers = job.cluster.workers
+    count = gpus or (workers if isinstance(workers, int) else None)
+    if isinstance(workers, tuple):
+        count = gpus or workers[1]
+    device = machine(gpu_memory, count)
+    shape = read_shape(job.model)
+    need = Need(shape, device, job, trials, longest or job.data.max_length)
+    settled = settle(need)
+    fits = settled.total <= device.memory
+    timing = pace(settled) if calibrate and device.at_hand else Pace(None, None)
+    return Plan(
+        fits=fits,
+        gpu_bytes=device.memory,
+        per_gpu_bytes=settled.parts,
+        concurrent_trials=most_tenants(need),
+        tokens_per_pass=settled.tokens,
+        disk_bytes=sum(_disk(settled).values()),
+        advice=() if fits else advices.find(need),
+        details={
+            "model": job.model.base,
+            "parameters": shape.parameters,
+            "trainable_parameters": settled.adapter_parameters,
+            "rank": largest_rank(job),
+            "gradient_checkpointing": settled.checkpointing,
+            "compute_dtype": settled.dtype,
+            "device": "cuda" if device.cuda else "cpu",
+            "gpus": device.gpus,
+            "trials": trials,
+            "base_bytes": {
+                "packed": settled.base.packed,
+                "constants": settled.base.constants,
+                "dense": settled.base.dense,
+            },
+            "unquantized_experts_bytes": shape.experts * WIDTH[settled.dtype],
+            "largest_dequantized_bytes": settled.largest_weight,
+            "collective_bytes": settled.collective,
+            "heap_holes_bytes": settled.passed.holes,
+            "disk": _disk(settled),
+            "tokens_per_second": timing.tokens_per_second,
+            "seconds_at_most": timing.seconds_at_most,
+        },
+    )
+
+
+def _disk(settled: Settled) -> dict[str, int]:
+    """Bytes on disk by use: checkpoints hold float32 weights and the optimizer's state."""
+    job = settled.need.job
+    weights = 4 * settled.adapter_parameters
+    state = settled.parts["optimizer"] // settled.need.trials
+    # The best by eval loss is kept beside the newest.
+    kept = job.checkpoint.keep + (0 if job.data.validation is None else 1)
+    trials = max(settled.need.trials, 1)
+    return {
+        "base_store": settled.base.total,
+        "checkpoints": trials * kept * (weights + state),
+        "adapter": trials * weights,
+    }
