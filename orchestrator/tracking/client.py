@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from orchestrator.config import JobConfig
 from orchestrator.tracking.store import tracking_uri
 
@@ -16,6 +18,8 @@ _PATIENCE = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
+# Its migrations take some ten seconds on a slow disk.
+_MAKING_SECONDS = 120
 _TALKATIVE = ("mlflow", "alembic")
 
 
@@ -30,8 +34,29 @@ def connect(job: JobConfig) -> Any:
         logging.getLogger(name).setLevel(logging.ERROR)
     uri = tracking_uri(job)
     if uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        _make_database(Path(uri.removeprefix("sqlite:///")))
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def _make_database(path: Path) -> None:
+    """Make MLflow's SQLite store beside and rename it.
+
+    A kill amid its first migrations would leave a store that no command can use any more.
+    """
+    from mlflow import MlflowClient
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        return
+    with FileLock(path.with_name(f".{path.name}.lock"), timeout=_MAKING_SECONDS):
+        if path.exists():
+            return
+        beside = path.with_name(f".{path.name}.new")
+        for left in path.parent.glob(f"{beside.name}*"):
+            left.unlink()
+        uri = f"sqlite:///{beside}"
+        MlflowClient(tracking_uri=uri, registry_uri=uri).search_experiments(max_results=1)
+        beside.replace(path)
 
 
 def complaint(error: Exception) -> str | None:
