@@ -9,7 +9,8 @@ together do. Blocks from the mapping threshold on are pages of their own and cos
 from bisect import bisect_left, insort
 from collections.abc import Iterable
 
-# As training/memory.py sets it with mallopt.
+# What training/memory.py should set with mallopt. While it maps from 1 GiB on, runs hold more than
+# is planned here: large blocks then leave holes too.
 MAPPED_BYTES = 4 * 2**20
 _PAGE, _SLACK = 4096, 96
 # oneDNN keeps the machine code of each shape of a bfloat16 product: two blocks of 252 KiB.

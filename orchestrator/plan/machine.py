@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 # A process's CUDA context with its loaded kernels (torch, cuBLAS, bitsandbytes) and cuBLAS's
-# workspace; 0.4 to 0.6 GiB from Ampere to Hopper.
+# workspace. An assumption: not measured on a GPU yet.
 CUDA_CONTEXT = 2**29
 # What the first step pages in on a CPU beyond the imports: code of the kernels, the compiled
-# products of oneDNN, the model's classes. Measured on Llama and Qwen models of 1 to 30 layers.
+# products of oneDNN, the model's classes. Measured on two Llama models, of 8 and of 30 layers.
 CPU_RUNTIME = 100 * 2**20
 
 
