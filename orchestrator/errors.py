@@ -51,3 +51,8 @@ class WorkerLostError(Exception):
 
     No `OrchestratorError`, for there is nothing that the user could mend.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a foreign error's message; its class where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

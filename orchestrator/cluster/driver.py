@@ -13,9 +13,8 @@ import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from orchestrator.cluster.plan import WorkerPlan, plan_workers
-from orchestrator.cluster.proof import proof_path
 from orchestrator.cluster.session import Session, session
-from orchestrator.cluster.worker import train
+from orchestrator.cluster.worker import proof_path, train
 from orchestrator.config import JobConfig
 from orchestrator.errors import OrchestratorError, WorkerLostError
 

@@ -9,7 +9,7 @@ from typing import Any
 import ray
 
 from orchestrator.cluster.plan import Resources
-from orchestrator.errors import OrchestratorError, RefusedError
+from orchestrator.errors import OrchestratorError, RefusedError, first_line
 
 _JOIN = (
     "Start one with `ray start --head`, or take auto or local. Where one runs, give the "
@@ -56,7 +56,7 @@ def _connect(address: str, say: Callable[[str], None]) -> bool:
             if address != "auto" or not isinstance(error, ConnectionError):
                 raise RefusedError(
                     f"cluster.address: no Ray cluster at {address} lets this command in "
-                    f"({_first_line(error)}). {_JOIN}"
+                    f"({first_line(error)}). {_JOIN}"
                 ) from error
         else:
             if not token:
@@ -93,7 +93,3 @@ def _most() -> Resources | None:
 
 def _resources(named: dict[str, Any]) -> Resources:
     return Resources(float(named.get("CPU", 0)), float(named.get("GPU", 0)))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

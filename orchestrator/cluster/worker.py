@@ -77,6 +77,11 @@ def _world(device: Any, timeout: float) -> Any:
     return World(rank, size, len({node for _, node in devices}), tensors)
 
 
+def proof_path(run_dir: Path, proof: str) -> Path:
+    """Where the driver of an attempt leaves the file that only who shares its folder can see."""
+    return run_dir / f".shared-{proof}"
+
+
 def _check_shared(run_dir: Path, proof: str) -> None:
     """The run's folder must be the driver's, on whatever machine this worker is.
 
@@ -86,8 +91,6 @@ def _check_shared(run_dir: Path, proof: str) -> None:
     from tenacity import RetryError, Retrying, retry_if_result
     from tenacity.stop import stop_after_delay
     from tenacity.wait import wait_fixed
-
-    from orchestrator.cluster.proof import proof_path
 
     retrying = Retrying(
         retry=retry_if_result(lambda there: not there),

@@ -9,7 +9,7 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -228,7 +228,7 @@ def _build(
         name = _format(head, config, f"{key}: {origin.name}")
         with DatasetWriter(beside) as writer:
             encoder = _Encoder(config, name, tokenizer, writer)
-            encoder.run(_chain(head, rows))
+            encoder.run(chain(head, rows))
             if not encoder.counts.examples:
                 raise DataError(f"{key}: {origin.name} {_nothing_left(encoder.counts)}")
             if origin.stamp() != before:
@@ -347,11 +347,6 @@ def _nothing_left(counts: Counts) -> str:
     )
     listed = ", ".join(f"{number} {what}" for number, what in reasons if number)
     return f"has nothing left to train on: of {counts.rows} rows {listed}"
-
-
-def _chain(head: list[Row], rest: Iterator[Row]) -> Iterator[Row]:
-    yield from head
-    yield from rest
 
 
 def _tokenizer_digest(tokenizer: Any) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.config import Source
-from orchestrator.errors import DataError
+from orchestrator.errors import DataError, first_line
 
 _SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 # Columns that hold lists: an object with one of these is a row, not a wrapper around rows.
@@ -226,7 +226,7 @@ def _load_hub(name: str, key: str) -> Any:
     except Exception as error:
         # Whatever a loader of a foreign data set raises, the user can do the same about it.
         near = _nearest(Path(name)) or "."
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        first = first_line(error)
         raise DataError(
             f"{key}: {name} is no path here{near} It could not be loaded from the hub "
             f"either ({first}). Check the name, the split (owner/name:split), HF_TOKEN and the "

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from orchestrator.errors import ModelError
+from orchestrator.errors import ModelError, first_line
 from orchestrator.model import attention
 from orchestrator.model.loss import Head
 
@@ -144,5 +144,5 @@ def from_pretrained(
             **options,
         )
     except (ValueError, OSError, KeyError, ImportError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        first = first_line(error)
         raise ModelError(f"model.base: {folder} cannot be loaded: {first}") from error

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from orchestrator.config import ModelConfig
-from orchestrator.errors import ModelError
+from orchestrator.errors import ModelError, first_line
 
 _SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
 
@@ -76,7 +76,7 @@ def _download(config: ModelConfig) -> Path:
             snapshot_download(config.base, revision=config.revision, allow_patterns=patterns)
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        first = str(error).strip().splitlines()[0]
+        first = first_line(error)
         raise ModelError(
             f"model.base: {config.base} is no folder here and could not be fetched from the hub "
             f"({type(error).__name__}: {first}). Check the name, HF_TOKEN and the network, or "

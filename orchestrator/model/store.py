@@ -6,7 +6,8 @@ beside and renamed under a lock, so that several processes at once make it once.
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import mkdtemp
@@ -16,7 +17,7 @@ import torch
 from filelock import FileLock
 
 from orchestrator.config import QuantizationConfig
-from orchestrator.errors import ModelError
+from orchestrator.errors import ModelError, first_line
 from orchestrator.model.base import ENTRY, from_pretrained, load_tokenizer
 from orchestrator.model.source import ModelSource, settings_key
 from orchestrator.model.support import check_architecture
@@ -65,7 +66,6 @@ def ensure(
         store.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{entry}.lock", timeout=_LOCK_SECONDS):
             if not _complete(entry):
-                shutil.rmtree(entry, ignore_errors=True)
                 if shared is not None and _complete(shared / entry.name):
                     _copy(shared / entry.name, entry)
                 else:
@@ -83,14 +83,8 @@ def _copy(entry: Path, target: Path) -> None:
         ModelError: the disk does not take it.
     """
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        try:
-            shutil.copytree(entry, beside, dirs_exist_ok=True)
-            shutil.rmtree(target, ignore_errors=True)
-            beside.replace(target)
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
+        with _beside(target) as folder:
+            shutil.copytree(entry, folder, dirs_exist_ok=True)
     except OSError as error:
         raise ModelError(f"The quantized base cannot be copied to {target}: {error}") from error
 
@@ -109,7 +103,7 @@ def tokenizer(
     try:
         return load_tokenizer(source.folder, source.gguf_file, source.trust_remote_code)
     except (ValueError, OSError, KeyError) as error:
-        first = str(error).strip().splitlines()[0]
+        first = first_line(error)
         raise ModelError(f"model.base: {source.name} has no usable tokenizer: {first}") from error
 
 
@@ -125,15 +119,24 @@ def _complete(entry: Path) -> bool:
 def _build(
     source: ModelSource, quantization: QuantizationConfig, dtype: torch.dtype, entry: Path
 ) -> None:
-    beside = Path(mkdtemp(prefix=f".{entry.name}-", dir=entry.parent))
-    try:
-        _quantize(source, quantization, dtype, beside)
-        sizes = {p.name: p.stat().st_size for p in beside.iterdir() if p.is_file()}
+    with _beside(entry) as folder:
+        _quantize(source, quantization, dtype, folder)
+        sizes = {p.name: p.stat().st_size for p in folder.iterdir() if p.is_file()}
         record = {"files": sizes, "dtype": str(dtype).removeprefix("torch."), "name": source.name}
-        (beside / ENTRY).write_text(json.dumps(record, indent=1))
-        beside.replace(entry)
+        (folder / ENTRY).write_text(json.dumps(record, indent=1))
+
+
+@contextmanager
+def _beside(entry: Path) -> Iterator[Path]:
+    """A folder that takes the entry's place once it is whole; a damaged entry makes room."""
+    shutil.rmtree(entry, ignore_errors=True)
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(mkdtemp(prefix=f".{entry.name}-", dir=entry.parent))
+    try:
+        yield folder
+        folder.replace(entry)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _quantize(

@@ -18,14 +18,13 @@ from orchestrator.plan.parts import (
 )
 from orchestrator.plan.passes import Pass, PassBytes, pass_bytes
 from orchestrator.plan.shapes import Shape
+from orchestrator.plan.standins import DENSE_LIMIT
 
-# As in training/budget.py: longer passes are no faster.
+# Tokens of a pass, on CUDA or not, from which on longer ones are no faster and take more memory.
 MOST_TOKENS = {True: 16384, False: 1024}
 STEP, MOST_TRIALS = 256, 64
 # A budget that is chosen for the user leaves the allocator room for holes between its blocks.
 _FILLED = 0.9
-# As in model/attention.py: up to here a CPU keeps the attention's probabilities.
-_DENSE_LIMIT = 512
 
 
 @dataclass(frozen=True)
@@ -114,9 +113,9 @@ class Settled:
         need, job, trials = self.need, self.need.job, self.need.trials
         layers = target_layers(need.shape, job.lora.target_modules)
         rows = [self._row(need.longest)]
-        if not need.machine.cuda and need.longest > _DENSE_LIMIT:
+        if not need.machine.cuda and need.longest > DENSE_LIMIT:
             # A row of short examples alone keeps their attention's probabilities.
-            rows.append(self._row(_DENSE_LIMIT))
+            rows.append(self._row(DENSE_LIMIT))
         return [
             Pass(
                 lengths=row,

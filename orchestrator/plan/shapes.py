@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.config import ModelConfig
-from orchestrator.errors import ModelError, RefusedError
+from orchestrator.errors import ModelError, RefusedError, first_line
 from orchestrator.plan.known import KNOWN
 from orchestrator.plan.standins import ATTENTION, register
 
@@ -84,9 +84,8 @@ def build(config: Any, dtype: str = "bfloat16", trust_remote_code: bool = False)
                 trust_remote_code=trust_remote_code,
             )
     except (ValueError, KeyError, ImportError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
-            f"model.base: {type(config).__name__} cannot be planned: {first}"
+            f"model.base: {type(config).__name__} cannot be planned: {first_line(error)}"
         ) from error
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -154,10 +153,9 @@ def _read_config(config: ModelConfig) -> Any:
             trust_remote_code=config.trust_remote_code,
         )
     except (OSError, ValueError, KeyError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RefusedError(
-            f"model.base: the config.json of {config.base} could not be read ({first}). Check the "
-            "name, HF_TOKEN and the network; or give a local folder, a .gguf file, or one of the "
-            f"{len(KNOWN)} hub ids whose shape ships with this package, such as "
-            "meta-llama/Llama-3.1-8B"
+            f"model.base: the config.json of {config.base} could not be read "
+            f"({first_line(error)}). Check the name, HF_TOKEN and the network; or give a local "
+            f"folder, a .gguf file, or one of the {len(KNOWN)} hub ids whose shape "
+            "ships with this package, such as meta-llama/Llama-3.1-8B"
         ) from error

@@ -15,7 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from orchestrator.config import JobConfig
-from orchestrator.errors import OrchestratorError
+from orchestrator.errors import OrchestratorError, first_line
 from orchestrator.tracking import values
 from orchestrator.tracking.client import complaint, connect
 from orchestrator.tracking.cursor import Cursor
@@ -194,7 +194,7 @@ class Delivery:
         self._failures += 1
         if self._failures >= _FAILURES_BEFORE_WORD and not self._told:
             self._told = True
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            first = first_line(error)
             self._say(
                 f"MLflow {word} ({redact(first)[:200]}); training goes on, and the journal "
                 "keeps everything for it"

@@ -7,7 +7,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from orchestrator.config import JobConfig
-from orchestrator.errors import OrchestratorError
+from orchestrator.errors import OrchestratorError, first_line
 from orchestrator.tracking.journal import read_events
 from orchestrator.tracking.secrets import redact
 
@@ -41,7 +41,7 @@ def _read(path: Path) -> JobConfig:
     try:
         return JobConfig.model_validate(YAML(typ="safe", pure=True).load(path.read_text()))
     except (OSError, YAMLError, ValidationError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise OrchestratorError(
             f"Events of {path.parent.name} wait for MLflow, but its job file cannot be read: "
             f"{path}: {reason}"

@@ -6,6 +6,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from tenacity import Retrying, retry_if_exception_type
+from tenacity.stop import stop_after_delay
+from tenacity.wait import wait_fixed
+
 from orchestrator.tracking.journal import Journal, journal_path
 
 # How long `close` waits for storage that refuses the journal's last lines.
@@ -56,16 +60,14 @@ class JournalObserver:
         Raises:
             OSError: the storage still refuses it.
         """
-        end = time.monotonic() + _CLOSE_SECONDS
-        while True:
-            try:
-                with self._lock:
-                    self._write()
-                break
-            except OSError:
-                if time.monotonic() > end:
-                    raise
-                time.sleep(1)
+        for attempt in Retrying(
+            retry=retry_if_exception_type(OSError),
+            stop=stop_after_delay(_CLOSE_SECONDS),
+            wait=wait_fixed(1),
+            reraise=True,
+        ):
+            with attempt, self._lock:
+                self._write()
         self._journal.close()
 
     def _write(self) -> None:

@@ -6,12 +6,9 @@ from typing import Any
 import torch
 
 from orchestrator.config import TrainingConfig
+from orchestrator.plan.fit import MOST_TOKENS, STEP
 from orchestrator.training.memory import free_bytes
 
-# On a CPU passes over this many tokens are as fast as longer ones and take less memory.
-_CPU_TOKENS = 1024
-_CUDA_TOKENS = 16384
-_LEAST_TOKENS = 256
 # Share of the free memory that activations may take.
 _SHARE = 0.6
 
@@ -27,17 +24,17 @@ class Budget:
 def choose(config: TrainingConfig, model: Any, device: torch.device) -> Budget:
     """What the job file says; where it says `auto`, what the device's free memory allows."""
     free = _SHARE * free_bytes(device)
-    most = _CUDA_TOKENS if device.type == "cuda" else _CPU_TOKENS
+    most = MOST_TOKENS[device.type == "cuda"]
     wanted = most if config.tokens_per_pass == "auto" else config.tokens_per_pass
     checkpointing = config.gradient_checkpointing
     if checkpointing == "auto":
-        least = _LEAST_TOKENS if config.tokens_per_pass == "auto" else wanted
+        least = STEP if config.tokens_per_pass == "auto" else wanted
         # Recomputing costs a third of the step; a smaller pass costs less, down to a point.
         checkpointing = free < max(least, wanted // 8) * activation_bytes(model, False)
     if config.tokens_per_pass != "auto":
         return Budget(wanted, checkpointing)
     fit = int(free // activation_bytes(model, checkpointing))
-    return Budget(max(_LEAST_TOKENS, min(most, fit // 256 * 256)), checkpointing)
+    return Budget(max(STEP, min(most, fit // STEP * STEP)), checkpointing)
 
 
 def activation_bytes(model: Any, checkpointing: bool) -> int:

@@ -19,6 +19,8 @@ from torch import Tensor
 from orchestrator.errors import CheckpointError
 
 _STATE = "state.json"
+# What reading a damaged checkpoint raises.
+_DAMAGE = (OSError, ValueError, KeyError, SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def newest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
     for path in sorted(folder.glob("step-*"), reverse=True):
         try:
             return _read(path)
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+        except _DAMAGE as error:
             say(f"Checkpoint {path} is damaged ({error}); an older one is used")
     return None
 
@@ -82,7 +84,7 @@ def read(folder: Path, step: int) -> Checkpoint:
     path = folder / f"step-{step:08d}"
     try:
         return _read(path)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except _DAMAGE as error:
         raise CheckpointError(f"{path} cannot be read: {error}. Is output_dir shared?") from error
 
 

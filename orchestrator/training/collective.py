@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from orchestrator.errors import OrchestratorError, WorkerLostError
+from orchestrator.errors import OrchestratorError, WorkerLostError, first_line
 
 # Quantizing a very large base is the longest that workers wait for one of them.
 _LONGEST_PART = timedelta(hours=4)
@@ -22,7 +22,6 @@ class World:
     Attributes:
         nodes: machines the workers run on.
         waited: seconds spent in `sum` so far, waiting for slower workers included.
-        sent: bytes that this worker handed to `sum` so far.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, nodes: int = 1, tensors: Any = None) -> None:
@@ -36,7 +35,7 @@ class World:
         """
         self.rank, self.size, self.nodes = rank, size, nodes
         self._tensors = tensors
-        self.waited, self.sent = 0.0, 0
+        self.waited = 0.0
 
     @property
     def leads(self) -> bool:
@@ -59,7 +58,6 @@ class World:
                 # Kernels run on; only here does the wait for the others end.
                 torch.cuda.synchronize(flat.device)
         self.waited += time.perf_counter() - began
-        self.sent += flat.numel() * flat.element_size()
         start = 0
         for tensor in tensors:
             tensor.copy_(flat[start : start + tensor.numel()].view_as(tensor))
@@ -122,5 +120,4 @@ def _others_may_be_lost() -> Iterator[None]:
         yield
     except RuntimeError as error:
         # Gloo and NCCL have no class of their own for a peer that is gone or silent.
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise WorkerLostError(f"Another worker died or hangs: {first}") from error
+        raise WorkerLostError(f"Another worker died or hangs: {first_line(error)}") from error

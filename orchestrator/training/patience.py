@@ -9,7 +9,7 @@ from tenacity.wait import wait_exponential
 
 from orchestrator.errors import CheckpointError
 
-PATIENCE_SECONDS = 120.0
+_PATIENCE_SECONDS = 120.0
 
 T = TypeVar("T")
 
@@ -22,17 +22,17 @@ def patiently(write: Callable[[], T], say: Callable[[str], None]) -> T:
         say: is told of the first refusal.
 
     Raises:
-        CheckpointError: the storage still refuses it.
+        CheckpointError, OSError: the storage still refuses it.
     """
 
     def tell(state: RetryCallState) -> None:
         if state.attempt_number == 1 and state.outcome is not None:
-            say(f"{state.outcome.exception()}. Trying again for {PATIENCE_SECONDS:.0f} s")
+            say(f"{state.outcome.exception()}. Trying again for {_PATIENCE_SECONDS:.0f} s")
 
     retrying = Retrying(
         retry=retry_if_exception_type((CheckpointError, OSError)),
         wait=wait_exponential(multiplier=0.5, max=10),
-        stop=stop_after_delay(PATIENCE_SECONDS),
+        stop=stop_after_delay(_PATIENCE_SECONDS),
         before_sleep=tell,
         reraise=True,
     )

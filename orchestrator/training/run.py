@@ -154,7 +154,7 @@ def _open(
     shared = folder.parent / ".bases" if world.nodes > 1 else None
     with world.together():
         if world.leads:
-            entry = store.ensure(origin, job.quantization, dtype, bases_dir, say, shared)
+            store.ensure(origin, job.quantization, dtype, bases_dir, say, shared)
     with world.together():
         _check_alike(world, store.entry_key(origin, job.quantization, dtype), data)
         entry = store.ensure(origin, job.quantization, dtype, bases_dir, say, shared)

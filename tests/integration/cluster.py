@@ -3,11 +3,10 @@
 import json
 import os
 import secrets
+import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,14 +15,10 @@ from typing import Any
 
 import psutil
 
+from tests.integration.conftest import free_port, wait_until
+
 SECONDS = 90
 RAY = [sys.executable, "-c", "from ray.scripts.scripts import main; main()"]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass
@@ -67,7 +62,7 @@ class RayCluster:
         options += ["--include-dashboard=true", f"--dashboard-port={self.dashboard}"]
         options += ["--dashboard-host=127.0.0.1", "--num-cpus=0", "--num-gpus=0"]
         self.head = self._start("head", options)
-        self._wait_for(lambda: self.alive())
+        wait_until(lambda: bool(self.alive()), "Ray's head is up", SECONDS, 0.2)
 
     @property
     def address(self) -> str:
@@ -90,7 +85,7 @@ class RayCluster:
         options += [f"--resources={json.dumps({mark: 1})}"]
         node = self._start(mark, options)
         self.nodes.append(node)
-        self._wait_for(lambda: len(self.alive()) > before)
+        wait_until(lambda: len(self.alive()) > before, f"{mark} joined", SECONDS, 0.2)
         return node
 
     def drain(self, node: Node, seconds: int) -> None:
@@ -130,6 +125,7 @@ class RayCluster:
         for node in reversed([self.head, *self.nodes]):
             if node.process.poll() is None:
                 node.kill()
+        shutil.rmtree(self._temporary, ignore_errors=True)
 
     def _start(self, mark: str, options: list[str]) -> Node:
         cache = self.folder / f"cache-{mark}"
@@ -147,12 +143,6 @@ class RayCluster:
                 start_new_session=True,
             )
         return Node(process, mark, cache)
-
-    def _wait_for(self, true: Any) -> None:
-        end = time.monotonic() + SECONDS
-        while not true():
-            assert time.monotonic() < end, "the Ray cluster does not come up"
-            time.sleep(0.2)
 
 
 def _command(process: psutil.Process) -> str:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -120,11 +121,19 @@ def wait_for(
     pytest.fail("it never came")
 
 
-def wait_until(true: Callable[[], bool], what: str) -> None:
-    end = time.monotonic() + SECONDS
+def wait_until(
+    true: Callable[[], bool], what: str, seconds: float = SECONDS, pause: float = 0.002
+) -> None:
+    end = time.monotonic() + seconds
     while not true():
-        assert time.monotonic() < end, f"waited in vain until {what}"
-        time.sleep(0.002)
+        assert time.monotonic() < end, f"waited {seconds} s in vain until {what}"
+        time.sleep(pause)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def reached(step: int) -> Callable[[list[dict[str, Any]]], bool]:

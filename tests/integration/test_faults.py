@@ -207,7 +207,8 @@ def _begun(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.xfail(
-    reason="The notice makes its checkpoint, but after the node's death no worker starts again."
+    strict=True,
+    reason="The notice makes its checkpoint, but after the node's death no worker starts again.",
 )
 def test_a_drained_node_and_a_node_that_dies_and_joins_again(
     runs: Runs, cluster: RayCluster

@@ -10,7 +10,6 @@ import pwd
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import urllib.error
@@ -25,6 +24,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from orchestrator.tracking.delivery import Delivery
+from tests.integration.conftest import free_port
 from tests.integration.test_tracking_delivery import (
     client_of,
     make_job,
@@ -37,12 +37,6 @@ SECONDS = 60
 INFRA = Path(__file__).resolve().parents[2] / "infra"
 HEALTH = "health"
 EXPERIMENTS = "api/2.0/mlflow/experiments/search?max_results=5"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def end(process: subprocess.Popen[bytes], how: signal.Signals) -> None:

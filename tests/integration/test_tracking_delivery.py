@@ -3,10 +3,8 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -26,6 +24,7 @@ from orchestrator.tracking.delivery import Delivery, DeliveryReport, deliver_pen
 from orchestrator.tracking.journal import Journal, journal_path
 from orchestrator.tracking.secrets import redact
 from orchestrator.tracking.store import tracking_uri
+from tests.integration import conftest
 
 SECONDS = 60
 SECRET = "swordfish-0123456789"
@@ -101,10 +100,7 @@ def runs_of(job: JobConfig) -> list[Any]:
 
 
 def wait_until(true: Callable[[], bool], what: str) -> None:
-    pause, end = threading.Event(), time.monotonic() + SECONDS
-    while not true():
-        assert time.monotonic() < end, f"waited {SECONDS} s in vain until {what}"
-        pause.wait(0.1)
+    conftest.wait_until(true, what, SECONDS, 0.1)
 
 
 def test_everything_reaches_sqlite_once_however_often_it_is_sent(
@@ -298,9 +294,7 @@ class Server:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir()
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = int(probe.getsockname()[1])
+        self.port = conftest.free_port()
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
