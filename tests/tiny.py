@@ -83,7 +83,7 @@ def train(
             [Segment(place, step * 100 + i, e) for i, e in enumerate(batches[place][step])]
             for place in range(len(tenants))
         ]
-        for place, result in enumerate(engine.step(tenants, segments, step + 1)):
+        for place, result in enumerate(engine.step(tenants, segments, [step + 1] * len(tenants))):
             history[place].append(result)
     for tenant in tenants:
         adapters.remove(tenant.adapter)

@@ -42,14 +42,17 @@ class Engine:
     tokens_per_pass: int
 
     def step(
-        self, tenants: Sequence[Tenant], batches: Sequence[list[Segment]], step: int
+        self,
+        tenants: Sequence[Tenant],
+        batches: Sequence[list[Segment]],
+        steps: Sequence[int],
     ) -> list[StepResult]:
         """Train each tenant on its own batch and take its optimizer step.
 
         Args:
             tenants: who trains.
             batches: each tenant's segments, whose `tenant` is its place in `tenants`.
-            step: number of the optimizer step, from 1.
+            steps: number of each tenant's optimizer step, from 1.
         """
         targets = [_target_count(batch) for batch in batches]
         scales = [tenant.scaler.get_scale() for tenant in tenants]
@@ -63,8 +66,8 @@ class Engine:
             sums += self._train_row(row, holders, factors)
         self.world.sum([*(holder.gradient for holder in holders), sums])
         results = []
-        for tenant, batch, count, total in zip(
-            tenants, batches, targets, sums.tolist(), strict=True
+        for tenant, batch, step, count, total in zip(
+            tenants, batches, steps, targets, sums.tolist(), strict=True
         ):
             loss = total / max(1, count)
             update = tenant.update(step) if math.isfinite(loss) else None

@@ -117,7 +117,7 @@ def test_evaluating_first_leaves_gradients_for_every_adapter(folder: Path) -> No
         base.model(input_ids=torch.arange(8)[None])
     tenant = Tenant(adapter, TrainingConfig(learning_rate=1e-2), 10)
     for step in (1, 2):
-        engine.step([tenant], [segments], step)
+        engine.step([tenant], [segments], [step])
     for name in adapter.layer_names:
         slot = adapter.slot(name)
         assert slot.b.abs().sum() > 0, f"{name} has learned nothing"
@@ -149,11 +149,11 @@ def test_infinite_loss_stops_that_tenant_only(base: Base) -> None:
     engine = Engine(base, adapters, World(), 4096)
     own = tiny.examples([20, 30])
     batches = [[Segment(place, i, e) for i, e in enumerate(own)] for place in (0, 1)]
-    failed, went_on = engine.step([bad, good], batches, 1)
+    failed, went_on = engine.step([bad, good], batches, [1, 1])
     assert failed.update is None and math.isnan(failed.loss)
     assert went_on.update is not None and math.isfinite(went_on.loss)
     solo = Tenant(adapters.add(LoraConfig(rank=4), 1), TRAINING, 5)
-    (alone,) = engine.step([solo], [[Segment(0, i, e) for i, e in enumerate(own)]], 1)
+    (alone,) = engine.step([solo], [[Segment(0, i, e) for i, e in enumerate(own)]], [1])
     assert went_on.loss == pytest.approx(alone.loss, rel=1e-6)
 
 

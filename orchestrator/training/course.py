@@ -1,0 +1,285 @@
+"""One adapter's course through its job: its steps, evaluations, checkpoints and its end.
+
+A plain fine-tune is one course over a base; a sweep's trials are several over the same one.
+"""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from orchestrator.config import JobConfig
+from orchestrator.data import EncodedDataset, PreparedData
+from orchestrator.data.batches import step_indices, total_steps
+from orchestrator.errors import CheckpointError, RefusedError, TrainingError
+from orchestrator.training import checkpoint, evaluation, export, memory
+from orchestrator.training.checkpoint import Checkpoint
+from orchestrator.training.collective import World
+from orchestrator.training.engine import Engine, StepResult
+from orchestrator.training.events import Observer
+from orchestrator.training.patience import patiently
+from orchestrator.training.progress import Progress
+from orchestrator.training.rows import Segment
+from orchestrator.training.tenant import Tenant
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What all adapters over one base share. `entry` is the base's folder in the store."""
+
+    entry: Path
+    data: PreparedData
+    tokenizer: Any
+    engine: Engine
+
+    @property
+    def world(self) -> World:
+        """This process among the workers."""
+        return self.engine.world
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What a checkpoint must have been made with."""
+        return {"base": self.entry.name, "data": self.data.digest}
+
+
+@dataclass
+class Course:
+    """One adapter in training; only `progress` changes, and whether a checkpoint is due.
+
+    total: optimizer steps of the whole job. overdue: the storage refused the last checkpoint.
+    """
+
+    ground: Ground
+    job: JobConfig
+    folder: Path
+    tenant: Tenant
+    observer: Observer
+    total: int
+    progress: Progress = field(default_factory=Progress)
+    overdue: bool = False
+
+    @property
+    def done(self) -> bool:
+        """Whether the last step is trained."""
+        return self.progress.step >= self.total
+
+    def say(self, message: str) -> None:
+        """Tell the user."""
+        self.observer.emit("warning", message=message)
+
+
+def enter(ground: Ground, job: JobConfig, folder: Path, observer: Observer) -> Course:
+    """Put a fresh adapter on the base.
+
+    Raises:
+        ModelError: a target module does not exist in the base.
+    """
+    training = job.training
+    total = total_steps(
+        len(ground.data.train), training.batch_size, training.epochs, training.max_steps
+    )
+    adapter = ground.engine.adapters.add(job.lora, training.seed)
+    return Course(ground, job, folder, Tenant(adapter, training, total), observer, total)
+
+
+def leave(course: Course) -> None:
+    """Take the adapter off the base."""
+    course.ground.engine.adapters.remove(course.tenant.adapter)
+
+
+def resume(course: Course) -> None:
+    """Take over the newest whole checkpoint; the leader decides which that is.
+
+    Raises:
+        RefusedError: it is of another base or other data.
+        CheckpointError: a worker cannot read what the leader can.
+    """
+    world, folder, found = course.ground.world, course.folder / "checkpoints", None
+    if world.leads:
+        found = checkpoint.newest(folder, course.say)
+    step = world.from_leader(None if found is None else found.step)
+    if step is None:
+        return
+    found = found or checkpoint.read(folder, step)
+    if found.state["identity"] != course.ground.identity:
+        raise RefusedError(
+            f"{course.folder} holds a run of another base or other data (its content changed). "
+            "Give the job another name, or delete that folder"
+        )
+    take_over(course, found)
+    course.progress = Progress(**found.state["progress"])
+
+
+def take_over(course: Course, found: Checkpoint) -> None:
+    """Go on with a checkpoint's weights and optimizer."""
+    course.tenant.adapter.load_state(found.tensors["adapter"])
+    course.tenant.restore(found.tensors["optimizer"], found.state["numbers"])
+
+
+def next_batch(course: Course, place: int) -> list[Segment]:
+    """The examples of the next optimizer step, as those of tenant `place`."""
+    training, dataset = course.job.training, course.ground.data.train
+    step = course.progress.step + 1
+    indices = step_indices(len(dataset), training.batch_size, training.seed, step)
+    first_key = (step - 1) * training.batch_size
+    return [Segment(place, first_key + n, dataset[int(i)]) for n, i in enumerate(indices)]
+
+
+def take_step(course: Course, result: StepResult, seconds: float, waited: float) -> None:
+    """Report an optimizer step that was trained.
+
+    Args:
+        course: whose step it was.
+        result: what the engine made of it.
+        seconds: what it took.
+        waited: seconds of these in the collective.
+
+    Raises:
+        TrainingError: the loss is not finite.
+    """
+    step = course.progress.step + 1
+    if result.update is None:
+        raise TrainingError(
+            f"The loss of step {step} is {result.loss}; nothing was changed by it. Lower "
+            f"training.learning_rate (now {course.job.training.learning_rate}) or "
+            "training.max_grad_norm, or look at the data of this step; the last checkpoint is in "
+            f"{course.folder}"
+        )
+    course.progress = course.progress.stepped(result.loss, result.tokens, seconds)
+    course.observer.emit(
+        "step",
+        step=step,
+        loss=result.loss,
+        learning_rate=result.update.learning_rate,
+        gradient_norm=result.update.gradient_norm,
+        tokens=result.tokens,
+        target_tokens=result.target_tokens,
+        tokens_per_second=result.tokens / seconds,
+        seconds=seconds,
+        collective_seconds=waited,
+        memory_bytes=memory.used_bytes(course.ground.engine.base.device),
+    )
+
+
+def evaluation_due(course: Course) -> bool:
+    """Whether the job wants the eval loss at the present step."""
+    step = course.progress.step
+    return step % course.job.evaluation.every == 0 or course.done
+
+
+def evaluate(course: Course, known: float | None = None) -> None:
+    """Report the eval loss at the present step; `known` where it was computed before."""
+    dataset = course.ground.data.validation
+    if dataset is None:
+        return
+    loss = known
+    if loss is None:
+        loss = evaluation.eval_loss(course.ground.engine, course.tenant.adapter, dataset)
+    course.progress = course.progress.evaluated(loss)
+    course.observer.emit(
+        "evaluation",
+        step=course.progress.step,
+        eval_loss=loss,
+        perplexity=float(torch.tensor(loss, dtype=torch.float64).exp()),
+    )
+
+
+def sample(course: Course, when: str) -> None:
+    """Report answers to the first held-out prompts."""
+    ground, count = course.ground, course.job.evaluation.samples
+    if not count or ground.data.validation is None or not ground.world.leads:
+        return
+    for answer in evaluation.samples(
+        ground.engine, course.tenant.adapter, ground.data.validation, count, ground.tokenizer
+    ):
+        course.observer.emit("sample", when=when, step=course.progress.step, **vars(answer))
+
+
+def save_if_due(course: Course, asked: bool = False) -> None:
+    """Write a checkpoint where the job wants one, or someone asks for it.
+
+    Where the storage refuses it, say so, and try again after each step.
+    """
+    step = course.progress.step
+    best = course.progress.best_step == step
+    if not (asked or best or course.overdue or step % course.job.checkpoint.every == 0):
+        return
+    try:
+        save(course)
+        course.overdue = False
+    except CheckpointError as error:
+        if not course.overdue:
+            course.say(f"{error}. Training goes on meanwhile")
+        course.overdue = True
+
+
+def save_at_last(course: Course) -> None:
+    """Write a checkpoint that nothing comes after, patiently."""
+    with course.ground.world.together():
+        patiently(lambda: save(course), course.say)
+
+
+def save(course: Course) -> None:
+    """Write a checkpoint; only the leader does.
+
+    Raises:
+        CheckpointError: the storage refuses it.
+    """
+    if not course.ground.world.leads:
+        return
+    began = time.perf_counter()
+    folder, tenant, step = course.folder / "checkpoints", course.tenant, course.progress.step
+    path = checkpoint.write(
+        folder,
+        Checkpoint(
+            step,
+            {"adapter": tenant.adapter.state(), "optimizer": tenant.optimizer_tensors()},
+            {
+                "progress": course.progress.to_json(),
+                "numbers": tenant.numbers(),
+                "identity": course.ground.identity,
+            },
+        ),
+    )
+    checkpoint.prune(folder, course.job.checkpoint.keep, course.progress.best_step)
+    seconds = time.perf_counter() - began
+    course.observer.emit("checkpoint", step=step, path=str(path), seconds=seconds)
+
+
+def save_adapter(course: Course) -> Path:
+    """Save the adapter as a PEFT folder, patiently."""
+    adapter, base = course.tenant.adapter, course.ground.engine.base
+    path = course.folder / "adapter"
+    patiently(lambda: export.save_adapter(adapter, base, course.job.model.base, path), course.say)
+    return path
+
+
+def results(course: Course) -> dict[str, Any]:
+    """The results of the course, as in the command's `--json` object.
+
+    Raises:
+        TrainingError: no step was trained.
+    """
+    progress, device = course.progress, course.ground.engine.base.device
+    if progress.step == 0:
+        raise TrainingError("No step was trained, so there is no adapter")
+    return {
+        "steps": progress.step,
+        "tokens": progress.tokens,
+        "initial_eval_loss": progress.initial_eval_loss,
+        "eval_loss": progress.eval_loss,
+        "train_loss": progress.train_loss,
+        "tokens_per_second": progress.tokens_per_second,
+        "peak_memory_bytes": memory.peak_bytes(device),
+        "workers": course.ground.world.size,
+        "adapter": str(course.folder / "adapter"),
+    }
+
+
+def shortest_example(dataset: EncodedDataset) -> Any:
+    """A short example of the first few, to prove an adapter with."""
+    examples = [dataset[index] for index in range(min(8, len(dataset)))]
+    return min(examples, key=lambda example: len(example.ids))
