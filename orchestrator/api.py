@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ from orchestrator.tracking.journal import journal_path, read_events
 from orchestrator.tracking.observer import JournalObserver, stop_path
 from orchestrator.tracking.secrets import redact
 from orchestrator.tracking.system import SystemSampler
+from orchestrator.tracking.trials import TrialDeliveries
 
 Say = Callable[[str], None]
 # How long the command waits at its end for MLflow to take what is left.
@@ -67,6 +69,91 @@ def finetune(
             return finished
         _write(run_dir / "job.yaml", redact(dump_job(resolved)))
         return _run(resolved, run_dir, local, say, watch)
+
+
+def sweep(
+    job: JobConfig | Mapping[str, Any] | str | Path,
+    overrides: Sequence[str] = (),
+    say: Say = print,
+    watch: Callable[[Path], Any] | None = None,
+) -> dict[str, Any]:
+    """Search as the job's `sweep` section says, or go on with a sweep of the same name.
+
+    Args:
+        job: a job file's path, its content as a mapping, or a resolved job.
+        overrides: `key=value` settings, for a job file.
+        say: is told what happens, a line at a time.
+        watch: a context manager made with the sweep's folder, open while it goes on.
+
+    Returns:
+        status, run_id, seconds, trials, best, adapter, model_version.
+
+    Raises:
+        OrchestratorError: the sweep was refused, failed or was interrupted; see its exit_status.
+    """
+    from orchestrator.sweep import space
+
+    resolved = _resolve(job, overrides)
+    settings = space.check(resolved)
+    if settings.placement == "isolated" or not space.is_shared(settings):
+        raise RefusedError(
+            "sweep.placement: only trials that share one base can run yet; search keys under "
+            "lora and training"
+        )
+    run_dir = resolved.run_dir.absolute()
+    with _own(run_dir):
+        deliver_pending(resolved, run_dir, say, _PENDING_SECONDS)
+        finished = _finished_sweep(run_dir)
+        if finished is not None:
+            say(f"{resolved.name} is finished ({len(finished['trials'])} trials). {run_dir}")
+            return finished
+        _write(run_dir / "job.yaml", redact(dump_job(resolved)))
+        return _sweep(resolved, run_dir, say, watch)
+
+
+def _sweep(
+    job: JobConfig, run_dir: Path, say: Say, watch: Callable[[Path], Any] | None
+) -> dict[str, Any]:
+    from orchestrator.sweep import driver
+    from orchestrator.sweep.finish import conclude, results
+
+    began = time.monotonic()
+    delivery, trials = Delivery(job, run_dir, say), TrialDeliveries(job, run_dir, say)
+    delivery.start()
+    trials.start()
+    status, error = "failed", None
+    try:
+        with watch(run_dir) if watch else _nothing(), _stop_on_interrupt(run_dir):
+            engine = driver.run(job, run_dir, say)
+        with JournalObserver(run_dir) as observer:
+            conclude(job, run_dir, engine, observer)
+        status = "finished"
+    except OrchestratorError as raised:
+        status = "interrupted" if raised.exit_status == 130 else "failed"
+        error = str(raised)
+        raise
+    except BaseException as raised:
+        error = f"{type(raised).__name__}: {raised}"
+        raise
+    finally:
+        seconds = time.monotonic() - began
+        with JournalObserver(run_dir) as observer:
+            observer.emit("finish", status=status, error=error, seconds=seconds)
+        left = _DELIVERY_SECONDS if status == "finished" else _PENDING_SECONDS
+        trials.close(left)
+        report = delivery.close(left)
+    complete = results(job, run_dir, status, seconds, report.run_id, report.model_version)
+    _write(run_dir / "result.json", json.dumps(complete, indent=1))
+    return complete
+
+
+def _finished_sweep(run_dir: Path) -> dict[str, Any] | None:
+    """The results of a finished sweep, if there is one."""
+    try:
+        found: dict[str, Any] = json.loads((run_dir / "result.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return found if found.get("status") == "finished" and "trials" in found else None
 
 
 def _run(

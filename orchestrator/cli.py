@@ -61,6 +61,42 @@ def finetune(job: str, overrides: tuple[str, ...], local: bool, as_json: bool) -
 @main.command()
 @_JOB
 @_SET
+@_JSON
+def sweep(job: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Search as JOB.yaml's sweep says, or go on where it stopped."""
+    from rich.console import Console
+
+    from orchestrator.errors import OrchestratorError
+
+    console = Console(stderr=True, highlight=False)
+    try:
+        from orchestrator.jobfile import load_job
+
+        resolved = load_job(job, overrides)
+        from orchestrator.api import sweep as run
+        from orchestrator.watch import watching
+
+        # Libraries print there too; stdout carries the JSON object and nothing else.
+        with redirect_stdout(sys.stderr):
+            results = run(
+                resolved,
+                say=lambda line: console.print(line, markup=False),
+                watch=lambda run_dir: watching(run_dir, console),
+            )
+    except OrchestratorError as error:
+        _end(error.exit_status, str(error), as_json, job)
+    except KeyboardInterrupt:
+        _end(130, "Interrupted; run the same command again to go on", as_json, job)
+    if as_json:
+        click.echo(json.dumps(results))
+    from orchestrator.summary import show_sweep
+
+    show_sweep(resolved, job, results, console)
+
+
+@main.command()
+@_JOB
+@_SET
 @click.option("--gpu-memory", metavar="SIZE", help="Plan for GPUs of this memory, such as 48GiB.")
 @click.option("--gpus", type=click.IntRange(min=1), help="Plan for so many GPUs.")
 @_JSON

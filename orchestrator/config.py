@@ -236,6 +236,10 @@ class TrackingConfig(_Section):
 _RANGE_KINDS = ("choice", "grid", "uniform", "loguniform", "int", "logint")
 
 
+def _points(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
 def _search_space(value: Any) -> Any:
     if not isinstance(value, dict):
         raise ValueError("give a mapping such as {lora.rank: {choice: [8, 16]}}")
@@ -261,11 +265,22 @@ class SweepConfig(_Section):
 
     trials: PositiveInt = 16
     search_space: Annotated[dict[str, dict[str, list[Any]]], BeforeValidator(_search_space)] = {}
+    """Keys of the job file, each with choice or grid and a list of values, or with uniform,
+    loguniform, int or logint and [low, high]; both ends belong to it."""
+    points: Annotated[tuple[dict[str, Any], ...], BeforeValidator(_points)] = ()
+    """Trials to begin with: a value for each key of search_space."""
     searcher: Literal["optuna", "random", "grid"] = "optuna"
     scheduler: Literal["asha", "pbt", "none"] = "asha"
-    metric: Annotated[str, Field(min_length=1)] = "eval_loss"
+    metric: Literal["eval_loss", "train_loss"] = "eval_loss"
+    """What trials are compared by; smaller is better."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Decides what the searcher proposes; each trial's own seed is training.seed."""
+    time_budget: Annotated[float, Field(gt=0)] | None = None
+    """Seconds after which no trial goes on."""
     placement: Literal["auto", "shared", "isolated"] = "auto"
+    """Trials as tenants of one base, or each in a run of its own."""
     concurrent: Annotated[Literal["auto"] | int, BeforeValidator(_auto_or_positive_int)] = "auto"
+    """Trials at a time."""
 
 
 class JobConfig(_Section):

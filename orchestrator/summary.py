@@ -32,6 +32,39 @@ def show(job: JobConfig, job_file: str, results: dict[str, Any], console: Consol
     console.print(f"MLflow UI    orchestrator ui {job_file}", soft_wrap=True, markup=False)
 
 
+def show_sweep(job: JobConfig, job_file: str, results: dict[str, Any], console: Console) -> None:
+    """The trials, best first, the best one's job file and adapter, how to open the UI."""
+    trials = sorted(results["trials"], key=_rank)
+    keys = list(trials[0]["params"]) if trials else []
+    table = Table(title=f"Trials of {job.name}", expand=False)
+    for heading in ("trial", *keys, "steps", "eval loss", "state"):
+        table.add_column(heading)
+    for trial in trials:
+        loss = "" if trial["eval_loss"] is None else f"{trial['eval_loss']:.4f}"
+        values = [_number(trial["params"][key]) for key in keys]
+        table.add_row(trial["trial_id"], *values, str(trial["steps"]), loss, trial["status"])
+    console.print(table, markup=False)
+    best = results["best"]
+    console.print(f"Best         {best['trial_id']}, {results['seconds']:.0f} s for all")
+    console.print(f"Job file     {best['job']}", soft_wrap=True, markup=False)
+    console.print(f"Adapter      {results['adapter']}", soft_wrap=True, markup=False)
+    console.print(f"Report       {results['report']}", soft_wrap=True, markup=False)
+    if results.get("model_version"):
+        console.print(
+            f"Registered   {job.tracking.registered_model}, version {results['model_version']}"
+        )
+    console.print(f"MLflow UI    orchestrator ui {job_file}", soft_wrap=True, markup=False)
+
+
+def _rank(trial: dict[str, Any]) -> tuple[bool, float]:
+    loss = trial["eval_loss"]
+    return trial["status"] != "finished", float("inf") if loss is None else loss
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def _show_samples(path: Path, console: Console) -> None:
     if not path.exists():
         return

@@ -43,11 +43,41 @@ def run(job: JobConfig, run_dir: Path, say: Callable[[str], None]) -> dict[str, 
         RefusedError: no such cluster, or it can never have what the job asks for.
         OrchestratorError: what the leading worker raised, or that workers kept dying.
     """
-    with session(job.cluster.address, say) as here, _proof(run_dir) as proof:
+    with session(job.cluster.address, say) as here:
         plan = plan_workers(job.cluster, here.here, here.most, here.own)
+        return run_workers(job, run_dir, plan, here, say, train, {})
+
+
+def run_workers(
+    job: JobConfig,
+    run_dir: Path,
+    plan: WorkerPlan,
+    here: Session,
+    say: Callable[[str], None],
+    work: Callable[[dict[str, Any]], Any],
+    more: dict[str, Any],
+) -> dict[str, Any]:
+    """Start the workers of one Ray Train run in a session, and wait for them.
+
+    Args:
+        job: the resolved job.
+        run_dir: the run's folder.
+        plan: how many workers, with what each.
+        here: the session.
+        say: is told what the user should know.
+        work: what each worker calls with its config.
+        more: what the config holds beside the driver's own words.
+
+    Returns:
+        The results of the leading worker.
+
+    Raises:
+        OrchestratorError: what the leading worker raised, or that workers kept dying.
+    """
+    with _proof(run_dir) as proof:
         _tell(plan, here, say)
         try:
-            outcome = _wait(job, _trainer(job, run_dir, plan, proof))
+            outcome = _wait(job, _trainer(job, run_dir, plan, proof, work, more))
         finally:
             shutil.rmtree(run_dir / ".ray", ignore_errors=True)
     if isinstance(outcome, OrchestratorError):
@@ -101,10 +131,18 @@ def _wait(job: JobConfig, trainer: TorchTrainer) -> Any:
         pool.shutdown(wait=False)
 
 
-def _trainer(job: JobConfig, run_dir: Path, plan: WorkerPlan, proof: str) -> TorchTrainer:
+def _trainer(
+    job: JobConfig,
+    run_dir: Path,
+    plan: WorkerPlan,
+    proof: str,
+    work: Callable[[dict[str, Any]], Any],
+    more: dict[str, Any],
+) -> TorchTrainer:
     return TorchTrainer(
-        train,
+        work,
         train_loop_config={
+            **more,
             "job": job,
             "run_dir": str(run_dir),
             "working_dir": os.getcwd(),

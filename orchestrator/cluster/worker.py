@@ -1,6 +1,7 @@
 """What runs on each worker of a Ray Train run."""
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,19 @@ _SHARED_SECONDS = 10.0
 
 
 def train(config: dict[str, Any]) -> Any:
-    """Fine-tune as one worker of the run.
+    """Fine-tune as one worker of the run. Errors the user can act on are returned."""
+    return as_worker(config, _train)
+
+
+def _train(config: dict[str, Any], device: Any, world: Any, observer: Any) -> dict[str, Any]:
+    from orchestrator.places import cache_dir
+    from orchestrator.training.run import run
+
+    return run(config["job"], Path(config["run_dir"]), cache_dir(), device, world, observer)
+
+
+def as_worker(config: dict[str, Any], work: Callable[..., dict[str, Any]]) -> Any:
+    """Do `work(config, device, world, observer)` as one worker of a run.
 
     An error the user can act on is returned, not raised: Ray would start the workers again for it.
     """
@@ -21,9 +34,6 @@ def train(config: dict[str, Any]) -> Any:
     # Ray Train sets it to a GPU even where that is a simulated one.
     os.environ.pop("ACCELERATE_TORCH_DEVICE", None)
     import torch
-
-    from orchestrator.places import cache_dir
-    from orchestrator.training.run import run
 
     torch.set_num_threads(config["threads"])
     if os.path.isdir(config["working_dir"]):
@@ -36,7 +46,7 @@ def train(config: dict[str, Any]) -> Any:
         with world.together():
             _check_shared(run_dir, config["proof"])
         with _observer(run_dir, world.leads, config["job"].name) as observer:
-            return run(config["job"], run_dir, cache_dir(), device, world, observer)
+            return work(config, device, world, observer)
     except OrchestratorError as error:
         return error
 

@@ -47,7 +47,14 @@ class Delivery:
     own libraries, and two threads in one library's imports can trip over each other.
     """
 
-    def __init__(self, job: JobConfig, run_dir: Path, say: Say, patient: bool = True) -> None:
+    def __init__(
+        self,
+        job: JobConfig,
+        run_dir: Path,
+        say: Say,
+        patient: bool = True,
+        parent: str | None = None,
+    ) -> None:
         """Of one run.
 
         Args:
@@ -55,8 +62,10 @@ class Delivery:
             run_dir: holds the journal.
             say: is told what the user should know.
             patient: try until `close`; otherwise end as soon as MLflow is known to be away.
+            parent: id of the sweep's run that a trial's is nested in.
         """
         self._job, self._run_dir, self._say, self._patient = job, run_dir, say, patient
+        self._parent = parent
         self._cursor: Cursor | None = None
         self._replay: Any = None
         self._closing = threading.Event()
@@ -184,7 +193,7 @@ class Delivery:
         if cursor.run_id is None:
             first = next(read_events(path), None)
             started = values.milliseconds(first[0]) if first else int(time.time() * 1000)
-            run_id = find_or_create(client, self._job, cursor.run_key, started)
+            run_id = find_or_create(client, self._job, cursor.run_key, started, self._parent)
             cursor = replace(cursor, run_id=run_id)
         cursor.save(self._run_dir)
         self._cursor = cursor

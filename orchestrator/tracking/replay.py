@@ -16,7 +16,12 @@ from orchestrator.tracking.cursor import Cursor
 from orchestrator.tracking.journal import journal_path, read_events
 from orchestrator.tracking.secrets import redact
 
-_STATUSES = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
+_STATUSES = {
+    "finished": "FINISHED",
+    "stopped": "FINISHED",
+    "failed": "FAILED",
+    "interrupted": "KILLED",
+}
 _LONGEST_DIGEST = 36
 _LONGEST_DATASET_NAME = 500
 
@@ -37,6 +42,7 @@ class Replay:
             "start": self._start,
             "adapter": self._adapter,
             "finish": self._finish,
+            "files": self._files,
         }
 
     def deliver(self, events: Sequence[Event]) -> None:
@@ -120,7 +126,14 @@ class Replay:
             version = registry.register(self._client, name, self._run_id, eval_loss, tags)
             self._keep(model_version=version)
 
+    def _files(self, event: Event) -> None:
+        folder = Path(event["path"])
+        if folder.is_dir():
+            self._client.log_artifacts(self._run_id, str(folder), folder.name)
+
     def _finish(self, event: Event) -> None:
+        spent = {name: event[name] for name in ("steps", "tokens", "seconds") if name in event}
+        self._set_tags({"state": event.get("status"), **spent})
         figure = report.loss_curve(self._journal(), self._job.name)
         if figure is not None:
             self._client.log_figure(self._run_id, figure, "plots/loss.png")

@@ -13,7 +13,9 @@ _KEY_TAG = "orchestrator.run_key"
 _NAME_TAG = "orchestrator.name"
 
 
-def find_or_create(client: MlflowClient, job: JobConfig, run_key: str, started: int) -> str:
+def find_or_create(
+    client: MlflowClient, job: JobConfig, run_key: str, started: int, parent: str | None = None
+) -> str:
     """The run that bears our key: an earlier try may have made it just before it died.
 
     Args:
@@ -21,12 +23,15 @@ def find_or_create(client: MlflowClient, job: JobConfig, run_key: str, started: 
         job: names the experiment and the run.
         run_key: our name of the run; it was saved before this call.
         started: when training began, in milliseconds.
+        parent: id of the sweep's run that this trial's is nested in.
     """
     experiment = _experiment_id(client, job)
     found = _bearing(client, experiment, run_key)
     if found:
         return str(found[0].info.run_id)
     tags = {_KEY_TAG: run_key, _NAME_TAG: job.name}
+    if parent is not None:
+        tags["mlflow.parentRunId"] = parent
     made = client.create_run(experiment, start_time=started, tags=tags, run_name=job.name)
     return str(made.info.run_id)
 

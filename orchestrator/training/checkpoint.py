@@ -81,7 +81,15 @@ def read(folder: Path, step: int) -> Checkpoint:
     Raises:
         CheckpointError: it is not there or damaged.
     """
-    path = folder / f"step-{step:08d}"
+    return read_path(folder / f"step-{step:08d}")
+
+
+def read_path(path: Path) -> Checkpoint:
+    """The checkpoint in this folder, whole.
+
+    Raises:
+        CheckpointError: it is not there or damaged.
+    """
     try:
         return _read(path)
     except _DAMAGE as error:
@@ -97,6 +105,13 @@ def prune(folder: Path, keep: int, best_step: int | None) -> None:
             shutil.rmtree(path, ignore_errors=True)
     for leftover in folder.glob(".step-*"):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def forget_after(folder: Path, step: int) -> None:
+    """Delete the checkpoints of later steps."""
+    for path in folder.glob("step-*"):
+        if path.name > f"step-{step:08d}":
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _read(path: Path) -> Checkpoint:

@@ -50,6 +50,7 @@ class Course:
     """One adapter in training; only `progress` changes, and whether a checkpoint is due.
 
     total: optimizer steps of the whole job. overdue: the storage refused the last checkpoint.
+    forked_from: another adapter's checkpoint that it went on from.
     """
 
     ground: Ground
@@ -60,6 +61,7 @@ class Course:
     total: int
     progress: Progress = field(default_factory=Progress)
     overdue: bool = False
+    forked_from: str | None = None
 
     @property
     def done(self) -> bool:
@@ -117,6 +119,21 @@ def take_over(course: Course, found: Checkpoint) -> None:
     """Go on with a checkpoint's weights and optimizer."""
     course.tenant.adapter.load_state(found.tensors["adapter"])
     course.tenant.restore(found.tensors["optimizer"], found.state["numbers"])
+
+
+def fork(course: Course, path: Path) -> None:
+    """Go on from another adapter's checkpoint.
+
+    Raises:
+        CheckpointError: it is not there or damaged.
+    """
+    found = checkpoint.read_path(path)
+    take_over(course, found)
+    course.progress = Progress(**found.state["progress"])
+    course.forked_from = str(path)
+    if course.ground.world.leads:
+        # What it had trained before is not where it goes on after a kill.
+        checkpoint.forget_after(course.folder / "checkpoints", found.step)
 
 
 def next_batch(course: Course, place: int) -> list[Segment]:
@@ -241,6 +258,7 @@ def save(course: Course) -> None:
                 "progress": course.progress.to_json(),
                 "numbers": tenant.numbers(),
                 "identity": course.ground.identity,
+                "forked_from": course.forked_from,
             },
         ),
     )
@@ -276,6 +294,18 @@ def results(course: Course) -> dict[str, Any]:
         "peak_memory_bytes": memory.peak_bytes(device),
         "workers": course.ground.world.size,
         "adapter": str(course.folder / "adapter"),
+    }
+
+
+def summary(course: Course) -> dict[str, Any]:
+    """What a trial came to, whether it was trained to its end or not."""
+    progress = course.progress
+    return {
+        "steps": progress.step,
+        "tokens": progress.tokens,
+        "seconds": progress.seconds,
+        "eval_loss": progress.eval_loss,
+        "train_loss": progress.train_loss,
     }
 
 

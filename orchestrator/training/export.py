@@ -66,6 +66,21 @@ def proof_logits(
     return ids, logits.float().cpu()
 
 
+def keep_claim(folder: Path, ids: Tensor, logits: Tensor) -> None:
+    """Keep beside an adapter what `proof_logits` gave, for a proof in another process."""
+    save_file({"ids": ids, "logits": logits}, _claim_path(folder))
+
+
+def kept_claim(folder: Path) -> tuple[Tensor, Tensor]:
+    """What `keep_claim` kept."""
+    kept = load_file(_claim_path(folder))
+    return kept["ids"], kept["logits"]
+
+
+def _claim_path(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}-claim.safetensors")
+
+
 @torch.no_grad()
 def prove_adapter(
     folder: Path, entry: Path, device: torch.device, dtype: torch.dtype, ids: Tensor, logits: Tensor

@@ -20,6 +20,8 @@ class Progress:
     eval_step: int | None = None
     best_eval_loss: float | None = None
     best_step: int | None = None
+    reports: tuple[dict[str, Any], ...] = ()
+    """What a sweep was told at each evaluation after the first step."""
 
     def stepped(self, loss: float, tokens: int, seconds: float) -> "Progress":
         """After one more optimizer step."""
@@ -39,6 +41,18 @@ class Progress:
         if self.best_eval_loss is None or loss < self.best_eval_loss:
             now = replace(now, best_eval_loss=loss, best_step=self.step)
         return now
+
+    def reported(self, done: bool) -> "Progress":
+        """With one more report for whoever decides how the run goes on."""
+        report = {
+            "step": self.step,
+            "done": done,
+            "eval_loss": self.eval_loss,
+            "train_loss": self.train_loss,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+        }
+        return replace(self, reports=(*self.reports, report))
 
     @property
     def tokens_per_second(self) -> float | None:

@@ -1,0 +1,15 @@
+"""What `ray job submit` starts for a fine-tune; takes the arguments of `orchestrator sweep`.
+
+ray job submit --working-dir . -- python jobs/sweep.py JOB.yaml
+"""
+
+import sys
+from pathlib import Path
+
+# The working directory that was submitted holds the package; it need not be installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from orchestrator.cli import main
+
+if __name__ == "__main__":
+    main(["sweep", *sys.argv[1:]], prog_name="sweep.py")

@@ -1,0 +1,85 @@
+"""What runs on each worker of the Ray Train run whose tenants the trials are."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from orchestrator.cluster.worker import as_worker
+from orchestrator.errors import OrchestratorError
+from orchestrator.training.membership import Wishes
+
+_PAUSE_SECONDS = 0.02
+_ANSWER_SECONDS = 60
+
+
+def serve(config: dict[str, Any]) -> Any:
+    """Train trials until the desk is closed. Errors the user can act on are returned."""
+    return as_worker(config, _serve)
+
+
+def _serve(config: dict[str, Any], device: Any, world: Any, observer: Any) -> dict[str, Any]:
+    from orchestrator.places import cache_dir
+    from orchestrator.training import export, memory
+    from orchestrator.training.host import Host
+    from orchestrator.training.run import open_ground
+
+    memory.keep_freed_memory()
+    memory.reset_peak(device)
+    job, run_dir = config["job"], Path(config["run_dir"])
+    ground = open_ground(job, run_dir.parent, cache_dir(), device, world, observer)
+    entry, dtype = ground.entry, ground.engine.base.dtype
+    best = Host(ground, DeskMembership(config["desk"]), observer).run()
+    results = {"workers": world.size, "peak_memory_bytes": memory.peak_bytes(device)}
+    if best is None or not world.leads:
+        return results
+    # On a GPU that holds one base, the trained one must go before a fresh one is loaded.
+    del ground
+    adapter = best / "adapter"
+    ids, logits = export.kept_claim(adapter)
+    return {**results, "proof": export.prove_adapter(adapter, entry, device, dtype, ids, logits)}
+
+
+class DeskMembership:
+    """The host's membership, as the desk has it."""
+
+    def __init__(self, desk: Any) -> None:
+        self._desk = desk
+
+    def wishes(self) -> Wishes:
+        """What is wanted now."""
+        found: Wishes = _answer(self._desk.wishes.remote())
+        return found
+
+    def report(self, name: str, results: list[dict[str, Any]]) -> None:
+        """All that a member's evaluations said so far."""
+        _answer(self._desk.report.remote(name, results))
+
+    def left(self, name: str) -> None:
+        """A member that was to leave is gone."""
+        _answer(self._desk.left.remote(name))
+
+    def failed(self, name: str, error: str) -> None:
+        """A member cannot go on; the others do."""
+        _answer(self._desk.failed.remote(name, error))
+
+    def observe(self, folder: Path) -> Any:
+        """The trial's own journal."""
+        from orchestrator.tracking.observer import JournalObserver
+
+        return JournalObserver(folder)
+
+    def pause(self) -> None:
+        """Let the trials speak."""
+        time.sleep(_PAUSE_SECONDS)
+
+
+def _answer(call: Any) -> Any:
+    try:
+        return ray.get(call, timeout=_ANSWER_SECONDS)
+    except ray.exceptions.GetTimeoutError as error:
+        raise OrchestratorError(
+            f"The trials' desk did not answer within {_ANSWER_SECONDS} s; run the same command "
+            "again to go on"
+        ) from error

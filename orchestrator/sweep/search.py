@@ -1,0 +1,56 @@
+"""Ray Tune's searchers and schedulers, as a job file names them."""
+
+from typing import Any
+
+from ray import tune
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, PopulationBasedTraining
+from ray.tune.search import BasicVariantGenerator
+
+from orchestrator.config import JobConfig, SweepConfig
+
+# Li et al. 2020, "A System for Massively Parallel Hyperparameter Tuning", use 4; 3 is milder.
+_REDUCTION = 3
+_MODE = "min"
+
+
+def param_space(sweep: SweepConfig) -> dict[str, Any]:
+    """The search space in Tune's words."""
+    return {key: _domain(sweep, domain) for key, domain in sweep.search_space.items()}
+
+
+def searcher(sweep: SweepConfig) -> Any:
+    """Who proposes trials."""
+    points = [dict(point) for point in sweep.points] or None
+    if sweep.searcher != "optuna":
+        return BasicVariantGenerator(points_to_evaluate=points, random_state=sweep.seed)
+    from ray.tune.search.optuna import OptunaSearch
+
+    return OptunaSearch(metric=sweep.metric, mode=_MODE, points_to_evaluate=points, seed=sweep.seed)
+
+
+def scheduler(job: JobConfig, sweep: SweepConfig, total_steps: int) -> Any:
+    """Who decides which trials go on. Time is the trial's own step: Tune's count restarts."""
+    every = min(job.evaluation.every, total_steps)
+    common = {"time_attr": "step", "metric": sweep.metric, "mode": _MODE}
+    if sweep.scheduler == "asha":
+        return AsyncHyperBandScheduler(
+            **common, grace_period=every, max_t=total_steps, reduction_factor=_REDUCTION
+        )
+    if sweep.scheduler == "pbt":
+        rates = {k: v for k, v in param_space(sweep).items() if k.startswith("training.learning_")}
+        return PopulationBasedTraining(
+            **common, perturbation_interval=every, hyperparam_mutations=rates
+        )
+    return FIFOScheduler()
+
+
+def _domain(sweep: SweepConfig, domain: dict[str, list[Any]]) -> Any:
+    kind, values = next(iter(domain.items()))
+    if kind in ("choice", "grid"):
+        listed = tune.grid_search if sweep.searcher == "grid" else tune.choice
+        return listed(list(values))
+    low, high = values
+    if kind in ("uniform", "loguniform"):
+        return getattr(tune, kind)(low, high)
+    # Tune leaves the upper end out.
+    return (tune.randint if kind == "int" else tune.lograndint)(int(low), int(high) + 1)

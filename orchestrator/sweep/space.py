@@ -1,0 +1,155 @@
+"""The search space: which keys of the job file, with which values. Pure, no Ray."""
+
+from collections.abc import Iterator, Mapping
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from orchestrator.config import JobConfig, SweepConfig
+from orchestrator.errors import JobFileError, RefusedError
+from orchestrator.jobfile import job_from_mapping
+
+Params = Mapping[str, Any]
+# What belongs to the adapter alone may differ between tenants of one base.
+_OF_THE_ADAPTER = ("lora.", "training.")
+_OF_THE_PASS = ("training.tokens_per_pass", "training.gradient_checkpointing")
+_NOT_SEARCHED = ("name", "output_dir", "tracking", "cluster", "sweep", "evaluation", "checkpoint")
+# PBT goes on from any trial's evaluation, so none of their checkpoints may go.
+_ALL_CHECKPOINTS = 10**6
+
+
+def check(job: JobConfig) -> SweepConfig:
+    """The job's sweep, if it can be searched.
+
+    Raises:
+        RefusedError: the space is empty, a key or value is not one of the job file's, or the
+            settings contradict each other.
+    """
+    sweep = job.sweep
+    if sweep is None or not sweep.search_space:
+        raise RefusedError(
+            "sweep.search_space is empty: name the keys to search, such as "
+            "{lora.rank: {choice: [8, 16, 32]}}"
+        )
+    for key, domain in sweep.search_space.items():
+        if key.startswith(_NOT_SEARCHED):
+            raise RefusedError(f"sweep.search_space: {key} is the sweep's own and not searched")
+        for value in next(iter(domain.values())):
+            _try(job, {key: value}, f"sweep.search_space.{key}")
+    for number, point in enumerate(sweep.points):
+        if set(point) != set(sweep.search_space):
+            keys = ", ".join(sorted(sweep.search_space))
+            raise RefusedError(f"sweep.points[{number}]: give a value for each of {keys}")
+        _try(job, point, f"sweep.points[{number}]")
+    _check_metric(job, sweep)
+    _check_searcher(sweep)
+    return sweep
+
+
+def is_shared(sweep: SweepConfig) -> bool:
+    """Whether all that is searched belongs to the adapter, so that trials can share a base."""
+    return all(
+        key.startswith(_OF_THE_ADAPTER) and key not in _OF_THE_PASS for key in sweep.search_space
+    )
+
+
+def grid(sweep: SweepConfig) -> Iterator[dict[str, Any]]:
+    """Every combination of the listed values."""
+    values = [next(iter(domain.values())) for domain in sweep.search_space.values()]
+    for combination in product(*values):
+        yield dict(zip(sweep.search_space, combination, strict=True))
+
+
+def trial_job(job: JobConfig, name: str, trials_dir: Path, params: Params, uri: str) -> JobConfig:
+    """The job of one trial: a fine-tune in a folder of its own.
+
+    Args:
+        job: the sweep's.
+        name: the trial's id.
+        trials_dir: where the trials' folders lie.
+        params: what the searcher chose, by key.
+        uri: the sweep's MLflow store.
+
+    Raises:
+        RefusedError: the values do not go together.
+    """
+    made = with_params(job, params)
+    keep = made.checkpoint.keep
+    if job.sweep is not None and job.sweep.scheduler == "pbt":
+        keep = _ALL_CHECKPOINTS
+    return made.model_copy(
+        update={
+            "name": name,
+            "output_dir": str(trials_dir),
+            "sweep": None,
+            "tracking": made.tracking.model_copy(update={"uri": uri, "registered_model": None}),
+            "checkpoint": made.checkpoint.model_copy(update={"keep": keep}),
+            "evaluation": made.evaluation.model_copy(update={"samples": 0}),
+        }
+    )
+
+
+def best_job(job: JobConfig, params: Params) -> JobConfig:
+    """The sweep's job with its best trial's values, for `finetune`."""
+    return with_params(job, params).model_copy(update={"name": f"{job.name}-best", "sweep": None})
+
+
+def with_params(job: JobConfig, params: Params) -> JobConfig:
+    """The job with these keys set, checked like a job file.
+
+    Raises:
+        JobFileError: a key or value is not allowed.
+    """
+    content = job.model_dump()
+    for key, value in params.items():
+        *sections, last = key.split(".")
+        place = content
+        for section in sections:
+            below = place.get(section)
+            if not isinstance(below, dict):
+                below = place[section] = {}
+            place = below
+        place[last] = value
+    return job_from_mapping(content)
+
+
+def _try(job: JobConfig, params: Params, where: str) -> None:
+    try:
+        with_params(job, params)
+    except JobFileError as error:
+        raise RefusedError(f"{where}: {error}") from error
+
+
+def _check_metric(job: JobConfig, sweep: SweepConfig) -> None:
+    if sweep.metric == "eval_loss" and job.data.validation is None:
+        raise RefusedError(
+            "sweep.metric: nothing reports eval_loss, for data.validation is null; give a share "
+            "such as 0.05, or take train_loss"
+        )
+
+
+def _check_searcher(sweep: SweepConfig) -> None:
+    if sweep.searcher == "grid":
+        ranges = [k for k, d in sweep.search_space.items() if not {"choice", "grid"} & set(d)]
+        if ranges:
+            raise RefusedError(
+                f"sweep.searcher: grid needs listed values; {', '.join(ranges)} is a range"
+            )
+        size = sum(1 for _ in grid(sweep))
+        if size > sweep.trials:
+            raise RefusedError(
+                f"sweep.trials: the grid has {size} points and only {sweep.trials} trials; set "
+                f"sweep.trials to {size}, or take searcher random"
+            )
+        if sweep.points:
+            raise RefusedError("sweep.points: a grid tries every point anyway; leave them out")
+    if sweep.scheduler == "pbt":
+        if not any(key.startswith("training.learning_rate") for key in sweep.search_space):
+            raise RefusedError("sweep.scheduler: pbt changes training.learning_rate; search it")
+        if sweep.searcher == "grid":
+            raise RefusedError("sweep.scheduler: pbt goes with searcher random or optuna")
+    if sweep.placement == "shared" and not is_shared(sweep):
+        raise RefusedError(
+            "sweep.placement: trials share one base, so only lora.* and training.* can differ; "
+            "take auto or isolated"
+        )

@@ -1,0 +1,59 @@
+"""Who trains over a base: the words between a host and those who want adapters trained."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from orchestrator.config import JobConfig
+
+
+@dataclass(frozen=True)
+class Member:
+    """An adapter that someone wants trained.
+
+    after: steps of which the evaluations were heard; training goes on to the next one.
+    fork: a checkpoint folder of another adapter to go on from, in place of its own.
+    generation: grows when its job or fork changes.
+    """
+
+    job: JobConfig
+    folder: Path
+    after: int = -1
+    fork: Path | None = None
+    generation: int = 0
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What is wanted now.
+
+    ended: how members end, by name. closed: no more come. best: the folder of the best of all.
+    """
+
+    members: Mapping[str, Member]
+    ended: Mapping[str, str]
+    closed: bool = False
+    best: Path | None = None
+
+
+class Membership(Protocol):
+    """Who joins and who leaves; only the leader asks and reports."""
+
+    def wishes(self) -> Wishes:
+        """What is wanted now."""
+
+    def report(self, name: str, results: list[dict[str, Any]]) -> None:
+        """All that a member's evaluations said so far."""
+
+    def left(self, name: str) -> None:
+        """A member that was to leave is gone."""
+
+    def failed(self, name: str, error: str) -> None:
+        """A member cannot go on; the others do."""
+
+    def observe(self, folder: Path) -> Any:
+        """An observer of one member's events, to be closed when it leaves."""
+
+    def pause(self) -> None:
+        """Nobody has anything to train: wait a little."""
