@@ -96,7 +96,8 @@ class Host:
         observer = self._observer_of(member.folder)
         try:
             state = course.enter(self._ground, member.job, member.folder, observer)
-        except BaseException:
+        except BaseException as error:
+            observer.emit("finish", status="failed", error=str(error))
             _close_observer(observer)
             raise
         self._courses[name], self._members[name] = state, member

@@ -1,0 +1,182 @@
+"""Sweeps on local Ray: tenants' curves are those of solo runs, whoever joins, leaves or dies."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from mlflow import MlflowClient
+
+from tests.integration.conftest import Commands, curve, journal, wait_until
+
+JobFile = Callable[..., Path]
+SPACE = {
+    "lora.rank": {"choice": [2, 4, 8]},
+    "training.learning_rate": {"loguniform": [1e-3, 1e-1]},
+}
+POINTS = [
+    {"lora.rank": 4, "training.learning_rate": 1e-2},
+    {"lora.rank": 8, "training.learning_rate": 3e-2},
+]
+
+
+def _job(job_file: JobFile, name: str, steps: int = 12, **sweep: Any) -> Path:
+    settings = {"trials": 4, "search_space": SPACE, "scheduler": "none", "concurrent": 2}
+    return job_file(
+        name,
+        training={"max_steps": steps},
+        evaluation={"every": 4, "samples": 0},
+        checkpoint={"every": 3},
+        cluster={"address": "local"},
+        tracking={"registered_model": "swept"},
+        sweep={**settings, **sweep},
+    )
+
+
+def _trials(folder: Path) -> list[Path]:
+    return sorted(path.parent for path in folder.glob("trials/*/journal.jsonl"))
+
+
+def _steps(folder: Path) -> int:
+    """Steps that stand in all trials' journals."""
+    return sum(len(curve(trial)) for trial in _trials(folder))
+
+
+def _assert_equals_solo(commands: Commands, job: Path, trial: dict[str, Any], folder: Path) -> None:
+    """A trial's curve is that of a fine-tune with its values."""
+    name = f"solo-{trial['trial_id']}"
+    settings = [f"--set={key}={value}" for key, value in trial["params"].items()]
+    ended = commands.call("finetune", job, "--local", f"--set=name={name}", *settings)
+    assert ended.status == 0, ended.err
+    solo, own = curve(folder.parent / name), curve(folder / "trials" / trial["trial_id"])
+    assert [step for step, *_ in own] == list(range(1, len(own) + 1))
+    for left, right in zip(own, solo, strict=False):
+        assert left == pytest.approx(right, rel=2e-3)
+
+
+def test_trials_are_nested_runs_whose_curves_are_those_of_solo_runs(
+    commands: Commands, job_file: JobFile, tmp_path: Path
+) -> None:
+    job, folder = _job(job_file, "search", points=POINTS), tmp_path / "runs" / "search"
+    ended = commands.run("sweep", job, "--json")
+    assert ended.status == 0, ended.err
+    result = ended.result
+    trials = {trial["trial_id"]: trial for trial in result["trials"]}
+    assert len(trials) == 4 and {t["status"] for t in trials.values()} == {"finished"}
+    assert {t["steps"] for t in trials.values()} == {12}
+    tried = [trial["params"] for trial in trials.values()]
+    assert all(point in tried for point in POINTS)
+    for trial in list(trials.values())[:2]:
+        _assert_equals_solo(commands, job, trial, folder)
+    best = min(trials.values(), key=lambda trial: trial["eval_loss"])
+    assert result["best"]["trial_id"] == best["trial_id"]
+    client = MlflowClient(f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}")
+    nested = client.search_runs(
+        [client.get_run(result["run_id"]).info.experiment_id],
+        f"tags.mlflow.parentRunId = '{result['run_id']}'",
+    )
+    assert {run.info.run_id for run in nested} == {t["run_id"] for t in trials.values()}
+    for run in nested:
+        assert run.info.status == "FINISHED" and run.data.tags["state"] == "finished"
+        assert len(client.get_metric_history(run.info.run_id, "loss")) == 12
+    version = client.get_model_version_by_alias("swept", "champion")
+    assert str(version.version) == result["model_version"] == "1"
+    assert "proof.relative_error" in client.get_run(result["run_id"]).data.tags
+    again = commands.run("sweep", job, "--json")
+    assert again.status == 0 and again.result["trials"] == result["trials"]
+    accepted = commands.call("finetune", result["best"]["job"], "--local", "--json")
+    assert accepted.status == 0, accepted.err
+    assert accepted.result["eval_loss"] == pytest.approx(best["eval_loss"], rel=2e-3)
+
+
+def test_a_killed_engine_and_a_killed_trial_change_nothing(
+    commands: Commands, job_file: JobFile, tmp_path: Path
+) -> None:
+    job, folder = _job(job_file, "faults", steps=60), tmp_path / "runs" / "faults"
+    process = commands.start("sweep", job, "--json")
+    wait_until(lambda: _steps(folder) > 20, "some steps were trained")
+    _kill(process.pid, "RayTrainWorker")
+    there = _steps(folder)
+    wait_until(lambda: _steps(folder) > there + 10, "the engine went on")
+    _kill(process.pid, "_Inner")
+    ended = commands.wait(process)
+    assert ended.status == 0, ended.err
+    trials = ended.result["trials"]
+    assert [trial["steps"] for trial in trials] == [60] * 4
+    assert len(_trials(folder)) == 4
+    _assert_equals_solo(commands, job, trials[0], folder)
+
+
+def test_a_killed_sweep_goes_on_where_it_was(
+    commands: Commands, job_file: JobFile, tmp_path: Path
+) -> None:
+    job, folder = _job(job_file, "again", steps=60), tmp_path / "runs" / "again"
+    process = commands.start("sweep", job, "--json")
+    wait_until(lambda: _finished(folder) >= 1, "a trial was finished")
+    wait_until(lambda: _steps(folder) > 150, "the next trials were begun")
+    for child in psutil.Process(process.pid).children(recursive=True):
+        child.send_signal(signal.SIGKILL)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    whole = {trial.name for trial in _trials(folder) if _is_finished(trial)}
+    ended = commands.run("sweep", job, "--json")
+    assert ended.status == 0, ended.err
+    assert [trial["steps"] for trial in ended.result["trials"]] == [60] * 4
+    for trial in _trials(folder):
+        starts = [event for event in journal(trial) if event["event"] == "start"]
+        assert not (trial.name in whole and len(starts) > 1 and starts[-1]["resumed_from"] < 60)
+        assert [step for step, *_ in curve(trial)] == list(range(1, 61))
+
+
+def test_one_trial_that_cannot_train_ends_alone(
+    commands: Commands, job_file: JobFile, tmp_path: Path
+) -> None:
+    space = {"lora.target_modules": {"choice": [["q_proj"], ["no_such_layer"]]}}
+    job = _job(job_file, "partly", search_space=space, searcher="grid", trials=2)
+    ended = commands.run("sweep", job, "--json")
+    assert ended.status == 0, ended.err
+    found = {trial["status"]: trial for trial in ended.result["trials"]}
+    assert set(found) == {"finished", "failed"}
+    assert "no_such_layer" in found["failed"]["error"]
+    assert found["finished"]["steps"] == 12
+
+
+@pytest.mark.parametrize(
+    ("sweep", "word"),
+    [
+        ({"search_space": {}}, "search_space is empty"),
+        ({"search_space": {"lora.rnak": {"choice": [1]}}}, "rank"),
+        ({"search_space": {"lora.rank": {"choice": [-1]}}}, "lora.rank"),
+        ({"metric": "accuracy"}, "metric"),
+        ({"points": [{"lora.rank": 4}]}, "learning_rate"),
+        ({"searcher": "grid"}, "is a range"),
+        ({"search_space": {"model.base": {"choice": ["a", "b"]}}}, "base"),
+    ],
+)
+def test_refused_before_any_work(
+    commands: Commands, job_file: JobFile, tmp_path: Path, sweep: dict[str, Any], word: str
+) -> None:
+    ended = commands.call("sweep", _job(job_file, "bad", **sweep), "--json")
+    assert ended.status == 2 and word in ended.err
+    assert not (tmp_path / "runs" / "bad" / "trials").exists()
+
+
+def _finished(folder: Path) -> int:
+    return sum(_is_finished(trial) for trial in _trials(folder))
+
+
+def _is_finished(trial: Path) -> bool:
+    return any(event.get("status") == "finished" for event in journal(trial))
+
+
+def _kill(command: int, kind: str) -> None:
+    """Kill -9 one of the Ray processes that the command started."""
+    for process in psutil.Process(command).children(recursive=True):
+        if f"ray::{kind}" in " ".join(process.cmdline()):
+            process.kill()
+            return
+    running = [" ".join(p.cmdline()) for p in psutil.Process(command).children(recursive=True)]
+    raise AssertionError(f"no {kind} is running; there are {running}")
