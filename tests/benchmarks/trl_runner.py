@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
 
 from orchestrator.training import memory
 
@@ -35,20 +36,39 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def main(model: str, rows: str, setting: str, steps: int, batch: int, rank: int) -> None:
-    """Train and print the line."""
+class Clock(TrainerCallback):
+    """Notes the seconds and the loss of each step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.losses: list[float] = []
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.began = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.seconds.append(time.perf_counter() - self.began)
+
+    def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
+        if "loss" in logs:
+            self.losses.append(logs["loss"])
+
+
+def make_trainer(
+    model: str,
+    rows: list[dict[str, Any]],
+    setting: str,
+    batch: int,
+    rank: int,
+    callback: TrainerCallback,
+    **options: Any,
+) -> Any:
+    """An SFTTrainer as TRL's own examples set it up for QLoRA; `options` are SFTConfig's."""
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoTokenizer,
-        BitsAndBytesConfig,
-        TrainerCallback,
-    )
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
     from trl import SFTConfig, SFTTrainer
 
-    device = torch.device("cpu")
-    tokenizer = AutoTokenizer.from_pretrained(model)
     base = AutoModelForCausalLM.from_pretrained(
         model,
         dtype=torch.bfloat16,
@@ -60,45 +80,45 @@ def main(model: str, rows: str, setting: str, steps: int, batch: int, rank: int)
         ),
     )
     packed, accumulated = "packing" in SETTINGS[setting], setting == "accumulate"
+    held_out = options.pop("eval_rows", None)
     config = SFTConfig(
-        output_dir="/tmp/unused-trl",
-        use_cpu=True,
-        max_steps=steps,
-        learning_rate=2e-4,
-        lr_scheduler_type="constant",
-        max_grad_norm=0.3,
-        completion_only_loss=True,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        train_sampling_strategy="sequential",
-        # A packed row holds what a padded batch holds.
-        per_device_train_batch_size=1 if packed or accumulated else batch,
-        gradient_accumulation_steps=batch if accumulated else 1,
-        **{"max_length": 1024, **SETTINGS[setting]},
+        **{
+            "output_dir": "/tmp/unused-trl",
+            "use_cpu": True,
+            "learning_rate": 2e-4,
+            "lr_scheduler_type": "constant",
+            "max_grad_norm": 0.3,
+            "completion_only_loss": True,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "train_sampling_strategy": "sequential",
+            # A packed row holds what a padded batch holds.
+            "per_device_train_batch_size": 1 if packed or accumulated else batch,
+            "per_device_eval_batch_size": batch,
+            "gradient_accumulation_steps": batch if accumulated else 1,
+            "max_length": 1024,
+            **SETTINGS[setting],
+            **options,
+        }
     )
-    seconds: list[float] = []
-    tokens: list[int] = []
-    losses: list[float] = []
-
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self.began = time.perf_counter()
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            seconds.append(time.perf_counter() - self.began)
-
-        def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
-            if "loss" in logs:
-                losses.append(logs["loss"])
-
-    trainer = SFTTrainer(
+    return SFTTrainer(
         model=base,
         args=config,
-        train_dataset=Dataset.from_list(_conversations(rows)),
-        processing_class=tokenizer,
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=None if held_out is None else Dataset.from_list(held_out),
+        processing_class=AutoTokenizer.from_pretrained(model),
         peft_config=LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"),
-        callbacks=[Clock()],
+        callbacks=[callback],
+    )
+
+
+def main(model: str, rows: str, setting: str, steps: int, batch: int, rank: int) -> None:
+    """Train and print the line."""
+    device = torch.device("cpu")
+    clock, tokens = Clock(), []
+    trainer = make_trainer(
+        model, conversations(Path(rows)), setting, batch, rank, clock, max_steps=steps
     )
     step = trainer.training_step
 
@@ -110,20 +130,21 @@ def main(model: str, rows: str, setting: str, steps: int, batch: int, rank: int)
     trainer.training_step = counted
     memory.reset_peak(device)
     trainer.train()
-    rate = sum(tokens[WARM_UP:]) / sum(seconds[WARM_UP:])
+    passes = len(tokens) // len(clock.seconds)
     result = {
         "setting": setting,
-        "tokens_per_second": rate,
+        "tokens_per_second": sum(tokens[WARM_UP * passes :]) / sum(clock.seconds[WARM_UP:]),
         "peak_bytes": memory.peak_bytes(device),
-        "losses": losses,
-        "checkpointing": config.gradient_checkpointing,
+        "losses": clock.losses,
+        "checkpointing": trainer.args.gradient_checkpointing,
     }
     print(json.dumps(result))
 
 
-def _conversations(rows: str) -> list[dict[str, Any]]:
+def conversations(rows: Path) -> list[dict[str, Any]]:
+    """Rows of question and answer as TRL's prompts and completions."""
     made = []
-    for line in Path(rows).read_text().splitlines():
+    for line in rows.read_text().splitlines():
         row = json.loads(line)
         made.append(
             {
