@@ -94,12 +94,7 @@ def sweep(
     from orchestrator.sweep import space
 
     resolved = _resolve(job, overrides)
-    settings = space.check(resolved)
-    if settings.placement == "isolated" or not space.is_shared(settings):
-        raise RefusedError(
-            "sweep.placement: only trials that share one base can run yet; search keys under "
-            "lora and training"
-        )
+    space.check(resolved)
     run_dir = resolved.run_dir.absolute()
     with _own(run_dir):
         deliver_pending(resolved, run_dir, say, _PENDING_SECONDS)

@@ -271,8 +271,10 @@ class SweepConfig(_Section):
     """Trials to begin with: a value for each key of search_space."""
     searcher: Literal["optuna", "random", "grid"] = "optuna"
     scheduler: Literal["asha", "pbt", "none"] = "asha"
-    metric: Literal["eval_loss", "train_loss"] = "eval_loss"
-    """What trials are compared by; smaller is better."""
+    metric: Literal["eval_loss", "perplexity", "train_loss", "tokens_per_second"] = "eval_loss"
+    """What trials are compared by, as of their last evaluation."""
+    mode: Literal["min", "max"] = "min"
+    """Whether a small or a large metric is better."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Decides what the searcher proposes; each trial's own seed is training.seed."""
     time_budget: Annotated[float, Field(gt=0)] | None = None

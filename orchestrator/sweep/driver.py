@@ -1,41 +1,59 @@
-"""One sweep: the engine as a Ray Train run, and Ray Tune deciding about its tenants."""
+"""One sweep: Ray Tune deciding about trials, and the engines that train them."""
 
 import os
-import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
-from ray import tune
-
-from orchestrator.cluster.driver import run_workers
-from orchestrator.cluster.plan import plan_workers
-from orchestrator.cluster.session import session
+from orchestrator.cluster.plan import WorkerPlan, plan_workers
+from orchestrator.cluster.session import Session, session
 from orchestrator.config import JobConfig
-from orchestrator.errors import OrchestratorError, first_line
-from orchestrator.sweep import search
-from orchestrator.sweep.desk import open_desk
-from orchestrator.sweep.engine import serve
+from orchestrator.errors import InterruptedRunError, OrchestratorError
+from orchestrator.plan import plan_job
+from orchestrator.sweep import places, space
+from orchestrator.sweep.background import Background
+from orchestrator.sweep.launch import RunningEngine
 from orchestrator.sweep.outcome import best_trial, outcomes
-from orchestrator.sweep.trial import Trial
+from orchestrator.sweep.trial import Context, engine_folder
+from orchestrator.sweep.tuner import make_tuner
+from orchestrator.tracking.observer import stop_path
 from orchestrator.tracking.store import tracking_uri
 
-_TUNE_FOLDER = ".tune"
-# Tune's own state is what a killed sweep goes on from; trials keep theirs in their folders.
-_SETTINGS = {
-    "TUNE_GLOBAL_CHECKPOINT_S": "5",
-    "RAY_AIR_NEW_OUTPUT": "0",
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
-}
-# A trial only waits; Tune refuses 0.
-_TRIAL_CPUS = 0.001
-_MOST_CONCURRENT = {"cpu": 4, "gpu": 16}
+# Ray's own threads must not start another Ray when this one is left.
+_SETTINGS = {"RAY_ENABLE_AUTO_CONNECT": "0"}
 _WAIT_SECONDS = 0.5
-_END_SECONDS = 120.0
-_ENDLESS = 10**6
+# How long isolated trials may take to save their checkpoints when the user stops the sweep.
+_SAVE_SECONDS = 120.0
+
+
+@dataclass(frozen=True)
+class _Sweep:
+    """What every part of a sweep's driver needs."""
+
+    job: JobConfig
+    run_dir: Path
+    here: Session
+    plan: WorkerPlan
+    places: int
+    say: Callable[[str], None]
+
+    @property
+    def trials_dir(self) -> Path:
+        return self.run_dir / "trials"
+
+    def best(self) -> Any:
+        """The best trial that was trained to its end."""
+        sweep = self.job.sweep
+        assert sweep is not None
+        return best_trial(outcomes(self.trials_dir), sweep.metric, sweep.mode)
+
+    def context(self, desk: Any) -> Context:
+        """What every trial is told; without a desk each starts an engine of its own."""
+        return Context(
+            self.job, self.trials_dir, tracking_uri(self.job), desk, self.plan, self.here
+        )
 
 
 def run(job: JobConfig, run_dir: Path, say: Callable[[str], None]) -> dict[str, Any]:
@@ -55,117 +73,64 @@ def run(job: JobConfig, run_dir: Path, say: Callable[[str], None]) -> dict[str, 
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     with session(job.cluster.address, say) as here:
-        plan = plan_workers(job.cluster, here.here, here.most, here.own)
-        places = _places(job, plan.gpus > 0)
-        say(f"{places} trials at a time share one base on {plan.least} worker(s)")
-        desk = open_desk(places)
-        ray.get(desk.ready.remote(), timeout=_END_SECONDS)
-        engine = _Background(
-            lambda: run_workers(job, run_dir, plan, here, say, serve, {"desk": desk}),
-            lambda: ray.get(desk.engine_ended.remote(), timeout=_WAIT_SECONDS * 20),
-        )
-        tuner = _Background(lambda: _tuner(job, run_dir, desk, places).fit(), lambda: None)
-        while not tuner.ended and not engine.ended:
+        if space.is_shared(job):
+            plan = plan_workers(job.cluster, here.here, here.most, here.own)
+            count = places.shared(
+                job, plan.gpus > 0, plan_job(job, calibrate=False).concurrent_trials
+            )
+            sweep = _Sweep(job, run_dir, here, plan, count, say)
+            say(f"{sweep.places} trials at a time share one base on {plan.least} worker(s)")
+            return _shared(sweep)
+        plan, count = places.isolated(job, here)
+        say(f"{count} trials at a time, each over a base of its own on {plan.least} worker(s)")
+        return _isolated(_Sweep(job, run_dir, here, plan, count, say))
+
+
+def _shared(sweep: _Sweep) -> dict[str, Any]:
+    """Trials as tenants of one engine."""
+    with _engine(sweep, sweep.job, sweep.run_dir) as engine:
+        tuning = _tune(sweep, engine.desk)
+        while not tuning.ended and not engine.ended:
             time.sleep(_WAIT_SECONDS)
-        if not tuner.ended:
+        if not tuning.ended:
             engine.result()
             raise OrchestratorError("The engine ended before the trials; see Ray's logs")
-        tuner.result()
-        best = best_trial(outcomes(run_dir / "trials"))
-        ray.get(desk.close.remote(best and best.folder), timeout=_END_SECONDS)
-        engine.wait()
-        return dict(engine.result())
+        tuning.result()
+        best = sweep.best()
+        return engine.close(best and best.folder)
 
 
-class _Background:
-    """A call in a thread of its own, which ends with the process."""
-
-    def __init__(self, work: Callable[[], Any], after: Callable[[], Any]) -> None:
-        self._work, self._after = work, after
-        self._value: Any = None
-        self._error: Any = None
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def wait(self) -> None:
-        """Until the call is over; signals are handled in between."""
-        while not self.ended:
-            self._thread.join(_WAIT_SECONDS)
-
-    @property
-    def ended(self) -> bool:
-        """Whether the call is over."""
-        return not self._thread.is_alive()
-
-    def result(self) -> Any:
-        """What the call returned.
-
-        Raises:
-            OrchestratorError: what it raised.
-        """
-        if isinstance(self._error, OrchestratorError):
-            raise self._error
-        if self._error is not None:
-            raise OrchestratorError(
-                f"{first_line(self._error)}. Run the same command again to go on"
-            ) from self._error
-        return self._value
-
-    def _run(self) -> None:
-        try:
-            self._value = self._work()
-        except BaseException as error:
-            self._error = error
-        finally:
-            try:
-                self._after()
-            except Exception as error:
-                self._error = self._error or error
+def _isolated(sweep: _Sweep) -> dict[str, Any]:
+    """Each trial starts an engine for itself; one more proves the best adapter."""
+    tuning = _tune(sweep, None)
+    while not tuning.ended:
+        time.sleep(_WAIT_SECONDS)
+        if stop_path(sweep.run_dir).exists():
+            _stop_engines(sweep.trials_dir)
+            raise InterruptedRunError("The sweep was stopped; every trial has its checkpoint")
+    tuning.result()
+    best = sweep.best()
+    if best is None:
+        return {}
+    with _engine(sweep, best.job, sweep.run_dir) as engine:
+        return engine.close(best.folder)
 
 
-def _tuner(job: JobConfig, run_dir: Path, desk: Any, places: int) -> tune.Tuner:
-    sweep = job.sweep
-    assert sweep is not None
-    folder = run_dir / _TUNE_FOLDER
-    context = {
-        "desk": desk,
-        "job": job,
-        "trials_dir": str(run_dir / "trials"),
-        "uri": tracking_uri(job),
-    }
-    trainable = tune.with_resources(
-        tune.with_parameters(Trial, context=context), {"CPU": _TRIAL_CPUS}
-    )
-    if tune.Tuner.can_restore(str(folder)):
-        return tune.Tuner.restore(str(folder), trainable, resume_unfinished=True)
-    # Rungs beyond the trials' real end are never reached.
-    total = job.training.max_steps or _ENDLESS
-    return tune.Tuner(
-        trainable,
-        param_space=search.param_space(sweep),
-        tune_config=tune.TuneConfig(
-            metric=None if sweep.scheduler != "none" else sweep.metric,
-            mode=None if sweep.scheduler != "none" else "min",
-            search_alg=search.searcher(sweep),
-            scheduler=search.scheduler(job, sweep, total),
-            num_samples=1 if sweep.searcher == "grid" else sweep.trials,
-            max_concurrent_trials=places,
-            time_budget_s=sweep.time_budget,
-            reuse_actors=True,
-            trial_dirname_creator=lambda trial: trial.trial_id,
-        ),
-        run_config=tune.RunConfig(
-            name=_TUNE_FOLDER,
-            storage_path=str(run_dir),
-            failure_config=tune.FailureConfig(max_failures=job.cluster.max_failures),
-            verbose=0,
-        ),
-    )
+def _engine(sweep: _Sweep, job: JobConfig, folder: Path) -> RunningEngine:
+    return RunningEngine(job, folder, sweep.plan, sweep.here, sweep.say, sweep.places)
 
 
-def _places(job: JobConfig, on_gpu: bool) -> int:
-    sweep = job.sweep
-    assert sweep is not None
-    if sweep.concurrent != "auto":
-        return min(int(sweep.concurrent), sweep.trials)
-    return min(sweep.trials, _MOST_CONCURRENT["gpu" if on_gpu else "cpu"])
+def _tune(sweep: _Sweep, desk: Any) -> Background:
+    tuner = make_tuner(sweep.job, sweep.run_dir, sweep.context(desk), sweep.places)
+    return Background(tuner.fit)
+
+
+def _stop_engines(trials_dir: Path) -> None:
+    """Ask every isolated trial's engine to save and end, and wait for it."""
+    folders = [path.parent for path in trials_dir.glob("*/job.yaml")]
+    running = [engine_folder(f) for f in folders if (engine_folder(f) / "running").exists()]
+    for folder in running:
+        stop_path(folder).touch()
+    end = time.monotonic() + _SAVE_SECONDS
+    while any((f / "running").exists() for f in running) and time.monotonic() < end:
+        time.sleep(_WAIT_SECONDS)

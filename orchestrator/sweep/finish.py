@@ -66,7 +66,7 @@ def results(
 
 def _best(job: JobConfig, found: list[Outcome]) -> Outcome:
     assert job.sweep is not None
-    best = best_trial(found, job.sweep.metric)
+    best = best_trial(found, job.sweep.metric, job.sweep.mode)
     if best is None:
         errors = [f"{o.trial_id}: {o.error}" for o in found if o.error]
         why = f" The first error was of {errors[0]}" if errors else ""

@@ -9,6 +9,7 @@ from orchestrator.config import JobConfig
 from orchestrator.errors import OrchestratorError
 from orchestrator.jobfile import load_job
 from orchestrator.tracking.journal import journal_path, read_events
+from orchestrator.training.progress import perplexity
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,16 @@ class Outcome:
     evaluations: tuple[tuple[int, float], ...]
     error: str | None
 
+    @property
+    def perplexity(self) -> float | None:
+        """Of the last evaluation."""
+        return None if self.eval_loss is None else perplexity(self.eval_loss)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Over training steps alone."""
+        return self.tokens / self.seconds if self.seconds else None
+
     def params(self, keys: tuple[str, ...]) -> dict[str, Any]:
         """The trial's values of the searched keys."""
         return {key: _value(self.job, key) for key in keys}
@@ -43,10 +54,11 @@ def outcomes(trials_dir: Path) -> list[Outcome]:
     return sorted((_outcome(folder) for folder in folders), key=lambda o: _place(o.trial_id))
 
 
-def best_trial(found: list[Outcome], metric: str = "eval_loss") -> Outcome | None:
-    """The finished trial with the smallest metric."""
+def best_trial(found: list[Outcome], metric: str, mode: str) -> Outcome | None:
+    """The finished trial with the smallest metric, or the largest with `mode` max."""
     whole = [o for o in found if o.status == "finished" and _finite(getattr(o, metric))]
-    return min(whole, key=lambda o: getattr(o, metric), default=None)
+    choose = max if mode == "max" else min
+    return choose(whole, key=lambda o: getattr(o, metric), default=None)
 
 
 def _outcome(folder: Path) -> Outcome:

@@ -10,7 +10,6 @@ from orchestrator.config import JobConfig, SweepConfig
 
 # Li et al. 2020, "A System for Massively Parallel Hyperparameter Tuning", use 4; 3 is milder.
 _REDUCTION = 3
-_MODE = "min"
 
 
 def param_space(sweep: SweepConfig) -> dict[str, Any]:
@@ -25,13 +24,15 @@ def searcher(sweep: SweepConfig) -> Any:
         return BasicVariantGenerator(points_to_evaluate=points, random_state=sweep.seed)
     from ray.tune.search.optuna import OptunaSearch
 
-    return OptunaSearch(metric=sweep.metric, mode=_MODE, points_to_evaluate=points, seed=sweep.seed)
+    return OptunaSearch(
+        metric=sweep.metric, mode=sweep.mode, points_to_evaluate=points, seed=sweep.seed
+    )
 
 
 def scheduler(job: JobConfig, sweep: SweepConfig, total_steps: int) -> Any:
     """Who decides which trials go on. Time is the trial's own step: Tune's count restarts."""
     every = min(job.evaluation.every, total_steps)
-    common = {"time_attr": "step", "metric": sweep.metric, "mode": _MODE}
+    common = {"time_attr": "step", "metric": sweep.metric, "mode": sweep.mode}
     if sweep.scheduler == "asha":
         return AsyncHyperBandScheduler(
             **common, grace_period=every, max_t=total_steps, reduction_factor=_REDUCTION

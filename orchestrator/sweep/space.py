@@ -46,8 +46,14 @@ def check(job: JobConfig) -> SweepConfig:
     return sweep
 
 
-def is_shared(sweep: SweepConfig) -> bool:
-    """Whether all that is searched belongs to the adapter, so that trials can share a base."""
+def is_shared(job: JobConfig) -> bool:
+    """Whether trials are tenants of one base: where all that is searched is the adapter's own."""
+    sweep = job.sweep
+    assert sweep is not None
+    return sweep.placement != "isolated" and _can_share(sweep)
+
+
+def _can_share(sweep: SweepConfig) -> bool:
     return all(
         key.startswith(_OF_THE_ADAPTER) and key not in _OF_THE_PASS for key in sweep.search_space
     )
@@ -121,10 +127,10 @@ def _try(job: JobConfig, params: Params, where: str) -> None:
 
 
 def _check_metric(job: JobConfig, sweep: SweepConfig) -> None:
-    if sweep.metric == "eval_loss" and job.data.validation is None:
+    if sweep.metric in ("eval_loss", "perplexity") and job.data.validation is None:
         raise RefusedError(
-            "sweep.metric: nothing reports eval_loss, for data.validation is null; give a share "
-            "such as 0.05, or take train_loss"
+            f"sweep.metric: nothing reports {sweep.metric}, for data.validation is null; give a "
+            "share such as 0.05, or take train_loss"
         )
 
 
@@ -148,7 +154,7 @@ def _check_searcher(sweep: SweepConfig) -> None:
             raise RefusedError("sweep.scheduler: pbt changes training.learning_rate; search it")
         if sweep.searcher == "grid":
             raise RefusedError("sweep.scheduler: pbt goes with searcher random or optuna")
-    if sweep.placement == "shared" and not is_shared(sweep):
+    if sweep.placement == "shared" and not _can_share(sweep):
         raise RefusedError(
             "sweep.placement: trials share one base, so only lora.* and training.* can differ; "
             "take auto or isolated"

@@ -1,27 +1,62 @@
 """A trial as Ray Tune sees it: it joins the engine, waits for evaluations, and leaves."""
 
 import json
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray import tune
 
-from orchestrator.errors import OrchestratorError
+from orchestrator.cluster.plan import WorkerPlan
+from orchestrator.cluster.session import Session
+from orchestrator.config import JobConfig, SweepConfig
+from orchestrator.errors import InterruptedRunError, OrchestratorError
+from orchestrator.sweep.launch import RunningEngine
 from orchestrator.sweep.space import trial_job
+from orchestrator.tracking.observer import stop_path
 from orchestrator.training.membership import Member
 
 # Searchers and schedulers take no NaN: a trial that failed is worse than any that did not.
 WORST = 1e9
 _ASK_SECONDS = 20.0
 _SLACK_SECONDS = 120.0
+_PAUSE_SECONDS = 0.5
 _POINTER = "checkpoint.json"
 
 
-class Trial(tune.Trainable):  # type: ignore[misc]
-    """Waits at the desk; the process holds no model and no data."""
+@dataclass(frozen=True)
+class Context:
+    """What every trial is told.
 
-    def setup(self, config: dict[str, Any], context: dict[str, Any]) -> None:
+    desk: of the engine that all share; None where each starts one of its own. plan, here: what
+    such an engine gets.
+    """
+
+    job: JobConfig
+    trials_dir: Path
+    uri: str
+    desk: Any
+    plan: WorkerPlan
+    here: Session
+
+    @property
+    def sweep(self) -> SweepConfig:
+        """What is searched."""
+        assert self.job.sweep is not None
+        return self.job.sweep
+
+
+def engine_folder(trial: Path) -> Path:
+    """Where an isolated trial's engine has its journal; it holds `running` while it does."""
+    return trial / ".engine"
+
+
+class Trial(tune.Trainable):  # type: ignore[misc]
+    """Waits at a desk; the process holds no model and no data."""
+
+    def setup(self, config: dict[str, Any], context: Context) -> None:
         """Choose the trial's job; it joins the engine with its first step."""
         self._context = context
         self._begin(config)
@@ -30,15 +65,14 @@ class Trial(tune.Trainable):  # type: ignore[misc]
         self._name = self.trial_id
         self._after, self._generation = 0, 0
         self._fork: Path | None = None
+        self._engine: RunningEngine | None = None
         self._choose(config)
 
     def _choose(self, config: dict[str, Any]) -> None:
         context, self._error = self._context, ""
-        self._folder = Path(context["trials_dir"]) / self._name
+        self._folder = context.trials_dir / self._name
         try:
-            self._job = trial_job(
-                context["job"], self._name, self._folder.parent, config, context["uri"]
-            )
+            self._job = trial_job(context.job, self._name, context.trials_dir, config, context.uri)
         except OrchestratorError as error:
             self._error = str(error)
 
@@ -48,14 +82,20 @@ class Trial(tune.Trainable):  # type: ignore[misc]
             return self._failed(self._error)
         self._write_job()
         while True:
+            desk = self._desk()
             member = Member(self._job, self._folder, self._after, self._fork, self._generation)
-            call = self._context["desk"].ask.remote(self._name, member, _ASK_SECONDS)
+            call = desk.ask.remote(self._name, member, _ASK_SECONDS)
             answer = ray.get(call, timeout=_ASK_SECONDS + _SLACK_SECONDS)
             if answer.failure is not None:
                 return self._failed(answer.failure)
             if answer.report is not None:
                 self._after = answer.report["step"]
                 return {**answer.report, self._metric: self._value(answer.report)}
+            if answer.gone:
+                if failure := self._ended():
+                    return self._failed(failure)
+                # Whoever ended the engine ends the trials too.
+                time.sleep(_PAUSE_SECONDS)
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Where the engine's checkpoint of the last evaluation lies."""
@@ -87,20 +127,55 @@ class Trial(tune.Trainable):  # type: ignore[misc]
         """Leave the engine; the place is free."""
         self._leave()
 
+    def _desk(self) -> Any:
+        """The desk of the shared engine, or of this trial's own, which is started for it."""
+        if self._context.desk is not None:
+            return self._context.desk
+        if self._engine is None:
+            folder = engine_folder(self._folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            stop_path(folder).unlink(missing_ok=True)
+            (folder / "running").touch()
+            plan, here = self._context.plan, self._context.here
+            self._engine = RunningEngine(self._job, folder, plan, here, print, 1)
+        return self._engine.desk
+
+    def _ended(self) -> str | None:
+        """Why this trial's own engine is no more, where that is the trial's failure."""
+        if self._engine is None or not self._engine.ended:
+            return None
+        try:
+            self._engine.result()
+        except InterruptedRunError:
+            (engine_folder(self._folder) / "running").unlink(missing_ok=True)
+            return None
+        except OrchestratorError as error:
+            return str(error)
+        return "The engine ended before the trial; see Ray's logs"
+
     @property
     def _metric(self) -> str:
-        metric: str = self._context["job"].sweep.metric
-        return metric
+        return self._context.sweep.metric
 
     def _value(self, report: dict[str, Any]) -> float:
         value = report.get(self._metric)
-        return WORST if value is None or not abs(value) < WORST else float(value)
+        return self._worst if value is None or not abs(value) < WORST else float(value)
+
+    @property
+    def _worst(self) -> float:
+        return -WORST if self._context.sweep.mode == "max" else WORST
 
     def _failed(self, error: str) -> dict[str, Any]:
-        return {"step": self._after, self._metric: WORST, "error": error, "done": True}
+        return {"step": self._after, self._metric: self._worst, "error": error, "done": True}
 
     def _leave(self) -> None:
-        ray.get(self._context["desk"].leave.remote(self._name, "stopped"), timeout=_SLACK_SECONDS)
+        desk = self._context.desk if self._engine is None else self._engine.desk
+        if desk is not None:
+            ray.get(desk.leave.remote(self._name, "stopped"), timeout=_SLACK_SECONDS)
+        if self._engine is not None:
+            with self._engine:
+                self._engine = None
+            (engine_folder(self._folder) / "running").unlink(missing_ok=True)
 
     def _write_job(self) -> None:
         from orchestrator.jobfile import dump_job

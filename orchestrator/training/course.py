@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from orchestrator.config import JobConfig
 from orchestrator.data import EncodedDataset, PreparedData
 from orchestrator.data.batches import step_indices, total_steps
@@ -20,7 +18,7 @@ from orchestrator.training.collective import World
 from orchestrator.training.engine import Engine, StepResult
 from orchestrator.training.events import Observer
 from orchestrator.training.patience import patiently
-from orchestrator.training.progress import Progress
+from orchestrator.training.progress import Progress, perplexity
 from orchestrator.training.rows import Segment
 from orchestrator.training.tenant import Tenant
 
@@ -200,7 +198,7 @@ def evaluate(course: Course, known: float | None = None) -> None:
         "evaluation",
         step=course.progress.step,
         eval_loss=loss,
-        perplexity=float(torch.tensor(loss, dtype=torch.float64).exp()),
+        perplexity=perplexity(loss),
     )
 
 

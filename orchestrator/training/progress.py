@@ -1,5 +1,6 @@
 """What a run has done so far, carried from checkpoint to checkpoint."""
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -48,7 +49,9 @@ class Progress:
             "step": self.step,
             "done": done,
             "eval_loss": self.eval_loss,
+            "perplexity": None if self.eval_loss is None else perplexity(self.eval_loss),
             "train_loss": self.train_loss,
+            "tokens_per_second": self.tokens_per_second,
             "tokens": self.tokens,
             "seconds": self.seconds,
         }
@@ -62,3 +65,11 @@ class Progress:
     def to_json(self) -> dict[str, Any]:
         """As plain json values."""
         return asdict(self)
+
+
+def perplexity(eval_loss: float) -> float:
+    """The exponential of a loss in nats; infinite where a float cannot hold it."""
+    try:
+        return math.exp(eval_loss)
+    except OverflowError:
+        return math.inf

@@ -110,16 +110,25 @@ class RayCluster:
 
     def alive(self) -> list[dict[str, Any]]:
         """What Ray knows of its living nodes, from the dashboard; nothing while that starts."""
-        request = urllib.request.Request(
-            f"{self.jobs_address}/nodes?view=summary",
-            headers={"Authorization": f"Bearer {self.token}"},
-        )
         try:
-            with urllib.request.urlopen(request, timeout=5) as answer:
-                nodes = json.load(answer)["data"]["summary"]
+            nodes = self._ask("nodes?view=summary")["summary"]
         except OSError:
             return []
         return [node["raylet"] for node in nodes if node["raylet"].get("state") == "ALIVE"]
+
+    def state(self, kind: str, state: str) -> list[dict[str, Any]]:
+        """Ray's actors or placement_groups that are in a state."""
+        chosen = f"filter_keys=state&filter_predicates=%3D&filter_values={state}"
+        found: list[dict[str, Any]] = self._ask(f"api/v0/{kind}?{chosen}")["result"]["result"]
+        return found
+
+    def _ask(self, path: str) -> dict[str, Any]:
+        request = urllib.request.Request(
+            f"{self.jobs_address}/{path}", headers={"Authorization": f"Bearer {self.token}"}
+        )
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            data: dict[str, Any] = json.load(answer)["data"]
+        return data
 
     def close(self) -> None:
         for node in reversed([self.head, *self.nodes]):

@@ -10,6 +10,7 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
+from tests.integration.cluster import RayCluster
 from tests.integration.conftest import Commands, curve, journal, wait_until
 
 JobFile = Callable[..., Path]
@@ -92,6 +93,7 @@ def test_trials_are_nested_runs_whose_curves_are_those_of_solo_runs(
     assert accepted.result["eval_loss"] == pytest.approx(best["eval_loss"], rel=2e-3)
 
 
+@pytest.mark.cluster
 def test_a_killed_engine_and_a_killed_trial_change_nothing(
     commands: Commands, job_file: JobFile, tmp_path: Path
 ) -> None:
@@ -101,7 +103,7 @@ def test_a_killed_engine_and_a_killed_trial_change_nothing(
     _kill(process.pid, "RayTrainWorker")
     there = _steps(folder)
     wait_until(lambda: _steps(folder) > there + 10, "the engine went on")
-    _kill(process.pid, "_Inner")
+    _kill(process.pid, "ResourceTrainable")
     ended = commands.wait(process)
     assert ended.status == 0, ended.err
     trials = ended.result["trials"]
@@ -110,6 +112,7 @@ def test_a_killed_engine_and_a_killed_trial_change_nothing(
     _assert_equals_solo(commands, job, trials[0], folder)
 
 
+@pytest.mark.cluster
 def test_a_killed_sweep_goes_on_where_it_was(
     commands: Commands, job_file: JobFile, tmp_path: Path
 ) -> None:
@@ -131,17 +134,107 @@ def test_a_killed_sweep_goes_on_where_it_was(
         assert [step for step, *_ in curve(trial)] == list(range(1, 61))
 
 
-def test_one_trial_that_cannot_train_ends_alone(
+@pytest.mark.cluster
+def test_trials_that_cannot_train_end_alone(
     commands: Commands, job_file: JobFile, tmp_path: Path
 ) -> None:
-    space = {"lora.target_modules": {"choice": [["q_proj"], ["no_such_layer"]]}}
-    job = _job(job_file, "partly", search_space=space, searcher="grid", trials=2)
+    space = {
+        "lora.target_modules": {"choice": [["q_proj"], ["no_such_layer"]]},
+        "training.learning_rate": {"choice": [1e-2, 1e38]},
+    }
+    job = _job(job_file, "partly", search_space=space, searcher="grid", trials=4)
     ended = commands.run("sweep", job, "--json")
     assert ended.status == 0, ended.err
-    found = {trial["status"]: trial for trial in ended.result["trials"]}
-    assert set(found) == {"finished", "failed"}
-    assert "no_such_layer" in found["failed"]["error"]
-    assert found["finished"]["steps"] == 12
+    found = {
+        (*trial["params"]["lora.target_modules"], trial["params"]["training.learning_rate"]): trial
+        for trial in ended.result["trials"]
+    }
+    assert found["q_proj", 1e-2]["status"] == "finished"
+    assert found["q_proj", 1e-2]["steps"] == 12
+    assert found["q_proj", 1e38]["status"] == "failed"
+    assert "loss of step" in found["q_proj", 1e38]["error"]
+    for rate in (1e-2, 1e38):
+        assert "no_such_layer" in found["no_such_layer", rate]["error"]
+
+
+@pytest.mark.cluster
+def test_what_belongs_to_the_data_is_searched_in_runs_of_their_own(
+    commands: Commands, job_file: JobFile, tmp_path: Path
+) -> None:
+    space = {"data.train_on": {"choice": ["completion", "all"]}}
+    job = _job(job_file, "apart", search_space=space, searcher="grid", trials=2)
+    ended = commands.run("sweep", job, "--json")
+    assert ended.status == 0, ended.err
+    assert "a base of its own" in ended.err
+    trials = ended.result["trials"]
+    assert [trial["status"] for trial in trials] == ["finished"] * 2
+    for trial in trials:
+        _assert_equals_solo(commands, job, trial, tmp_path / "runs" / "apart")
+    assert (tmp_path / "runs" / "apart" / "adapter" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.cluster
+def test_twenty_trials_on_two_cores_most_of_them_stopped_early(
+    commands: Commands, job_file: JobFile, tmp_path: Path
+) -> None:
+    job = _job(job_file, "many", trials=20, scheduler="asha", searcher="random", concurrent=4)
+    ended = commands.run("sweep", job, "--json")
+    assert ended.status == 0, ended.err
+    trials = ended.result["trials"]
+    states = [trial["status"] for trial in trials]
+    assert len(states) == 20 and set(states) == {"finished", "stopped"}
+    assert all(t["steps"] == 12 for t in trials if t["status"] == "finished")
+    assert all(t["steps"] in (4, 8) for t in trials if t["status"] == "stopped")
+
+
+@pytest.mark.cluster
+def test_a_population_changes_its_learning_rates_on_the_way(
+    commands: Commands, job_file: JobFile, tmp_path: Path
+) -> None:
+    space = {"training.learning_rate": {"loguniform": [1e-5, 1e-1]}}
+    points = [{"training.learning_rate": rate} for rate in (1e-5, 1e-4, 1e-2)]
+    job = _job(
+        job_file,
+        "population",
+        40,
+        search_space=space,
+        points=points,
+        trials=3,
+        scheduler="pbt",
+        searcher="random",
+        concurrent="auto",
+    )
+    ended = commands.run("sweep", job, "--json")
+    assert ended.status == 0, ended.err
+    assert {trial["steps"] for trial in ended.result["trials"]} == {40}
+    folders = _trials(tmp_path / "runs" / "population")
+    rates = [{e["learning_rate"] for e in journal(f) if e["event"] == "step"} for f in folders]
+    assert any(len(of_one) > 1 for of_one in rates)
+    forked = [e for f in folders for e in journal(f) if e["event"] == "start"]
+    assert any(event["resumed_from"] > 0 for event in forked)
+
+
+@pytest.mark.cluster
+def test_an_interrupted_sweep_goes_on_and_leaves_nothing_behind(
+    commands: Commands, job_file: JobFile, tmp_path: Path
+) -> None:
+    cluster = RayCluster(tmp_path / "cluster")
+    try:
+        cluster.add(cpus=2)
+        job, folder = _job(job_file, "stopped", steps=60), tmp_path / "runs" / "stopped"
+        where = f"--set=cluster.address={cluster.address}"
+        process = commands.start("sweep", job, where, "--json", **cluster.environment)
+        wait_until(lambda: _steps(folder) > 40, "some steps were trained")
+        process.send_signal(signal.SIGINT)
+        ended = commands.wait(process)
+        assert ended.status == 130, ended.err
+        wait_until(lambda: not _left(cluster), f"nothing is left: {_left(cluster)}", 60, 0.5)
+        ended = commands.run("sweep", job, where, "--json", **cluster.environment)
+        assert ended.status == 0, ended.err
+        assert [trial["steps"] for trial in ended.result["trials"]] == [60] * 4
+        assert not _left(cluster)
+    finally:
+        cluster.close()
 
 
 @pytest.mark.parametrize(
@@ -164,6 +257,22 @@ def test_refused_before_any_work(
     assert not (tmp_path / "runs" / "bad" / "trials").exists()
 
 
+def _left(cluster: RayCluster) -> list[str]:
+    """Actors and placement groups that live on, but for the one with which Ray scales itself."""
+    actors = [
+        actor["class_name"]
+        for state in ("ALIVE", "PENDING_CREATION", "RESTARTING")
+        for actor in cluster.state("actors", state)
+        if "AutoscalingCoordinator" not in actor["class_name"]
+    ]
+    groups = [
+        str(group)
+        for state in ("CREATED", "PENDING", "RESCHEDULING")
+        for group in cluster.state("placement_groups", state)
+    ]
+    return actors + groups
+
+
 def _finished(folder: Path) -> int:
     return sum(_is_finished(trial) for trial in _trials(folder))
 
@@ -174,9 +283,11 @@ def _is_finished(trial: Path) -> bool:
 
 def _kill(command: int, kind: str) -> None:
     """Kill -9 one of the Ray processes that the command started."""
-    for process in psutil.Process(command).children(recursive=True):
-        if f"ray::{kind}" in " ".join(process.cmdline()):
-            process.kill()
-            return
-    running = [" ".join(p.cmdline()) for p in psutil.Process(command).children(recursive=True)]
-    raise AssertionError(f"no {kind} is running; there are {running}")
+    running = {_title(p): p for p in psutil.Process(command).children(recursive=True)}
+    found = [process for title, process in running.items() if title.startswith(f"ray::{kind}")]
+    assert found, f"no {kind} is running; there are {sorted(running)}"
+    found[0].kill()
+
+
+def _title(process: psutil.Process) -> str:
+    return " ".join(process.cmdline()).strip()[:40]

@@ -1,0 +1,72 @@
+"""An engine at work: its Ray Train run in the background, and the desk where trials meet it."""
+
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from orchestrator.cluster.driver import run_workers
+from orchestrator.cluster.plan import WorkerPlan
+from orchestrator.cluster.session import Session
+from orchestrator.config import JobConfig
+from orchestrator.sweep.background import Background
+from orchestrator.sweep.desk import open_desk
+from orchestrator.sweep.engine import serve
+
+_ANSWER_SECONDS = 120.0
+_END_SECONDS = 120.0
+
+
+class RunningEngine:
+    """One engine with the places of `places` trials. A context manager: none is left behind."""
+
+    def __init__(
+        self,
+        job: JobConfig,
+        folder: Path,
+        plan: WorkerPlan,
+        here: Session,
+        say: Callable[[str], None],
+        places: int,
+    ) -> None:
+        self.desk = open_desk(places)
+        ray.get(self.desk.ready.remote(), timeout=_ANSWER_SECONDS)
+        self._run = Background(
+            lambda: run_workers(job, folder, plan, here, say, serve, {"desk": self.desk}),
+            lambda: ray.get(self.desk.engine_ended.remote(), timeout=_ANSWER_SECONDS),
+        )
+
+    @property
+    def ended(self) -> bool:
+        """Whether nobody trains any more."""
+        return self._run.ended
+
+    def result(self) -> dict[str, Any]:
+        """What the engine came to, once it has ended.
+
+        Raises:
+            OrchestratorError: the engine failed, or the user stopped it.
+        """
+        return dict(self._run.result())
+
+    def close(self, best: Path | None) -> dict[str, Any]:
+        """Wait for the engine's end; it proves the best trial's adapter.
+
+        Raises:
+            OrchestratorError: the engine failed, or the adapter is not what was trained.
+        """
+        ray.get(self.desk.close.remote(best), timeout=_ANSWER_SECONDS)
+        self._run.wait()
+        return self.result()
+
+    def __enter__(self) -> "RunningEngine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # Whoever leaves Ray while the engine still starts would start Ray anew from its thread.
+        with suppress(ray.exceptions.RayError, TimeoutError):
+            ray.get(self.desk.close.remote(None), timeout=_ANSWER_SECONDS)
+        self._run.wait(_END_SECONDS)
+        ray.kill(self.desk)

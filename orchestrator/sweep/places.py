@@ -1,0 +1,62 @@
+"""How many trials are trained at a time, and with what each. Pure but for the plan it asks."""
+
+from orchestrator.cluster.plan import Resources, WorkerPlan, plan_workers
+from orchestrator.cluster.session import Session
+from orchestrator.config import JobConfig, SweepConfig
+from orchestrator.errors import RefusedError
+
+# Tenants beyond these wait for one another's passes: a CPU is busy with one, a GPU with a few. The
+# fewer are at work, the more each later trial can learn from those before it.
+_USEFUL = {"cpu": 4, "gpu": 16}
+
+
+def shared(job: JobConfig, on_gpu: bool, fitting: int) -> int:
+    """Trials at a time as tenants of one base.
+
+    Args:
+        job: the sweep's.
+        on_gpu: whether the workers have GPUs.
+        fitting: how many adapters fit beside one base.
+    """
+    sweep = _sweep(job)
+    if sweep.concurrent != "auto":
+        return min(int(sweep.concurrent), sweep.trials)
+    # A population evolves together: whoever is not at work cannot be learnt from.
+    useful = sweep.trials if sweep.scheduler == "pbt" else _USEFUL["gpu" if on_gpu else "cpu"]
+    return max(1, min(sweep.trials, useful, fitting))
+
+
+def isolated(job: JobConfig, here: Session) -> tuple[WorkerPlan, int]:
+    """What each trial's own run gets, and how many such runs go on at a time.
+
+    Raises:
+        RefusedError: the cluster cannot have even one, or not as many as `sweep.concurrent` says.
+    """
+    sweep, cluster = _sweep(job), job.cluster
+    # All GPUs for each trial in turn would leave most of them waiting for a small job's steps.
+    workers = 1 if cluster.workers == "auto" else cluster.workers
+    plan = plan_workers(
+        cluster.model_copy(update={"workers": workers}), here.here, here.most, here.own
+    )
+    room = max(1, _runs(plan, here.here))
+    if sweep.concurrent == "auto":
+        count = min(sweep.trials, room)
+    else:
+        count = min(int(sweep.concurrent), sweep.trials)
+        if count > room:
+            raise RefusedError(
+                f"sweep.concurrent: {count} isolated trials of {plan.least} worker(s) each were "
+                f"asked for; the cluster has {here.here}, enough for {room}"
+            )
+    threads = max(1, int(here.here.cpus // (plan.least * count))) if here.own else plan.threads
+    return WorkerPlan(plan.workers, plan.gpus, plan.cpus, threads, plan.waits), count
+
+
+def _runs(plan: WorkerPlan, there: Resources) -> int:
+    by_cpu = there.cpus // (plan.least * plan.cpus)
+    return int(min(by_cpu, there.gpus // (plan.least * plan.gpus)) if plan.gpus else by_cpu)
+
+
+def _sweep(job: JobConfig) -> SweepConfig:
+    assert job.sweep is not None
+    return job.sweep

@@ -1,0 +1,70 @@
+"""Ray Tune's part: proposes trials, decides which go on, and remembers both across kills."""
+
+import os
+from pathlib import Path
+
+from ray import tune
+
+from orchestrator.config import JobConfig, SweepConfig
+from orchestrator.sweep import search
+from orchestrator.sweep.trial import Context, Trial
+
+_FOLDER = ".tune"
+# Tune's own state is what a killed sweep goes on from; trials keep theirs in their folders.
+_SETTINGS = {
+    "TUNE_GLOBAL_CHECKPOINT_S": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
+# A trial only waits; Tune refuses 0.
+_TRIAL_CPUS = 0.001
+_ENDLESS = 10**6
+
+
+def make_tuner(job: JobConfig, run_dir: Path, context: Context, places: int) -> tune.Tuner:
+    """A new search, or the one that a killed sweep left in its folder.
+
+    Args:
+        job: the resolved job, whose sweep was checked.
+        run_dir: the sweep's folder.
+        context: what every trial is told.
+        places: trials at a time.
+    """
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
+    folder = run_dir / _FOLDER
+    trainable = tune.with_resources(
+        tune.with_parameters(Trial, context=context), {"CPU": _TRIAL_CPUS}
+    )
+    if tune.Tuner.can_restore(str(folder)):
+        return tune.Tuner.restore(str(folder), trainable, resume_unfinished=True)
+    return tune.Tuner(
+        trainable,
+        param_space=search.param_space(context.sweep),
+        tune_config=_tune_config(job, context.sweep, places),
+        run_config=tune.RunConfig(
+            name=_FOLDER,
+            storage_path=str(run_dir),
+            failure_config=tune.FailureConfig(max_failures=job.cluster.max_failures),
+            verbose=0,
+        ),
+    )
+
+
+def _tune_config(job: JobConfig, sweep: SweepConfig, places: int) -> tune.TuneConfig:
+    # Schedulers are told the metric themselves, and Tune wants it in one place only.
+    told = sweep.scheduler != "none"
+    # Rungs beyond the trials' real end are never reached.
+    total = job.training.max_steps or _ENDLESS
+    return tune.TuneConfig(
+        metric=None if told else sweep.metric,
+        mode=None if told else sweep.mode,
+        search_alg=search.searcher(sweep),
+        scheduler=search.scheduler(job, sweep, total),
+        num_samples=1 if sweep.searcher == "grid" else sweep.trials,
+        max_concurrent_trials=places,
+        time_budget_s=sweep.time_budget,
+        reuse_actors=True,
+        trial_dirname_creator=lambda trial: trial.trial_id,
+    )

@@ -1,0 +1,120 @@
+"""The rival of our sweeps: Ray Tune with one TRL SFTTrainer per trial, as its examples have it.
+
+    python -m tests.benchmarks.trl_sweep MODEL ROWS HELD_OUT STEPS EVERY BATCH RANKS RATES
+
+RANKS and RATES are comma-separated. A trial has one CPU, so as many run at a time as there are
+cores. Prints one JSON line: seconds, peak_bytes of all trials together, eval_losses.
+"""
+
+import json
+import sys
+import threading
+import time
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+_LOOK_SECONDS = 0.25
+
+
+class Memory:
+    """The most that this process's children hold at a time, shared pages counted once."""
+
+    def __init__(self) -> None:
+        self.peak = 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+
+    def __enter__(self) -> "Memory":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _follow(self) -> None:
+        while not self._done.wait(_LOOK_SECONDS):
+            self.peak = max(self.peak, sum(map(_held, _workers())))
+
+
+def _workers() -> list[psutil.Process]:
+    """Processes that hold a model: trials here, training workers of ours."""
+    found = psutil.Process().children(recursive=True)
+    return [process for process in found if _trains(process)]
+
+
+def _trains(process: psutil.Process) -> bool:
+    try:
+        return " ".join(process.cmdline()).startswith(("ray::Implicit", "ray::RayTrainWorker"))
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _held(process: psutil.Process) -> int:
+    try:
+        return int(process.memory_full_info().pss)
+    except psutil.NoSuchProcess:
+        return 0
+
+
+def train(config: dict[str, Any], model: str, rows: str, held_out: str, about: list[int]) -> None:
+    """One trial: a base of its own, quantized anew."""
+    from ray import tune
+    from transformers import TrainerCallback
+
+    from tests.benchmarks.trl_runner import conversations, make_trainer
+
+    class Report(TrainerCallback):
+        def on_evaluate(self, *_: Any, metrics: dict[str, float], **__: Any) -> None:
+            tune.report({"eval_loss": metrics["eval_loss"]})
+
+    steps, every, batch = about
+    make_trainer(
+        model,
+        conversations(Path(rows)),
+        "default",
+        batch,
+        config["rank"],
+        Report(),
+        max_steps=steps,
+        learning_rate=config["rate"],
+        eval_strategy="steps",
+        eval_steps=every,
+        eval_rows=conversations(Path(held_out)),
+        output_dir=str(Path.cwd() / "trl"),
+    ).train()
+
+
+def main() -> None:
+    """Search and print the line."""
+    import logging
+
+    import ray
+    from ray import tune
+
+    model, rows, held_out, steps, every, batch, ranks, rates = sys.argv[1:]
+    space = {
+        "rank": tune.grid_search([int(rank) for rank in ranks.split(",")]),
+        "rate": tune.grid_search([float(rate) for rate in rates.split(",")]),
+    }
+    about = [int(steps), int(every), int(batch)]
+    began = time.perf_counter()
+    ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    trainable = tune.with_parameters(train, model=model, rows=rows, held_out=held_out, about=about)
+    with Memory() as memory:
+        found = tune.Tuner(
+            tune.with_resources(trainable, {"CPU": 1}),
+            param_space=space,
+            run_config=tune.RunConfig(storage_path=str(Path(rows).parent / "tune"), verbose=0),
+        ).fit()
+    seconds = time.perf_counter() - began
+    losses = [result.metrics.get("eval_loss") for result in found]
+    assert len(losses) == len(list(product(ranks.split(","), rates.split(",")))), losses
+    print(json.dumps({"seconds": seconds, "peak_bytes": memory.peak, "eval_losses": losses}))
+
+
+if __name__ == "__main__":
+    main()
