@@ -109,6 +109,9 @@ def sweep(
 def _sweep(
     job: JobConfig, run_dir: Path, say: Say, watch: Callable[[Path], Any] | None
 ) -> dict[str, Any]:
+    # Tune's thread may outlive its Ray for a moment, and must not start another; Ray reads this
+    # when it is imported.
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     from orchestrator.sweep import driver
     from orchestrator.sweep.finish import conclude, results
 

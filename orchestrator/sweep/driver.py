@@ -1,6 +1,5 @@
 """One sweep: Ray Tune deciding about trials, and the engines that train them."""
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,8 +20,6 @@ from orchestrator.sweep.tuner import make_tuner
 from orchestrator.tracking.observer import stop_path
 from orchestrator.tracking.store import tracking_uri
 
-# Ray's own threads must not start another Ray when this one is left.
-_SETTINGS = {"RAY_ENABLE_AUTO_CONNECT": "0"}
 _WAIT_SECONDS = 0.5
 # How long isolated trials may take to save their checkpoints when the user stops the sweep.
 _SAVE_SECONDS = 120.0
@@ -70,8 +67,6 @@ def run(job: JobConfig, run_dir: Path, say: Callable[[str], None]) -> dict[str, 
     Raises:
         OrchestratorError: the engine failed, or the user stopped it.
     """
-    for name, value in _SETTINGS.items():
-        os.environ.setdefault(name, value)
     with session(job.cluster.address, say) as here:
         if space.is_shared(job):
             plan = plan_workers(job.cluster, here.here, here.most, here.own)

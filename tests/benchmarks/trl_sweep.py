@@ -8,56 +8,12 @@ cores. Prints one JSON line: seconds, peak_bytes of all trials together, eval_lo
 
 import json
 import sys
-import threading
 import time
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-_LOOK_SECONDS = 0.25
-
-
-class Memory:
-    """The most that this process's children hold at a time, shared pages counted once."""
-
-    def __init__(self) -> None:
-        self.peak = 0
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._follow, daemon=True)
-
-    def __enter__(self) -> "Memory":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def _follow(self) -> None:
-        while not self._done.wait(_LOOK_SECONDS):
-            self.peak = max(self.peak, sum(map(_held, _workers())))
-
-
-def _workers() -> list[psutil.Process]:
-    """Processes that hold a model: trials here, training workers of ours."""
-    found = psutil.Process().children(recursive=True)
-    return [process for process in found if _trains(process)]
-
-
-def _trains(process: psutil.Process) -> bool:
-    try:
-        return " ".join(process.cmdline()).startswith(("ray::Implicit", "ray::RayTrainWorker"))
-    except psutil.NoSuchProcess:
-        return False
-
-
-def _held(process: psutil.Process) -> int:
-    try:
-        return int(process.memory_full_info().pss)
-    except psutil.NoSuchProcess:
-        return 0
+from tests.benchmarks.held import Held
 
 
 def train(config: dict[str, Any], model: str, rows: str, held_out: str, about: list[int]) -> None:
@@ -104,7 +60,7 @@ def main() -> None:
     began = time.perf_counter()
     ray.init(log_to_driver=False, logging_level=logging.ERROR)
     trainable = tune.with_parameters(train, model=model, rows=rows, held_out=held_out, about=about)
-    with Memory() as memory:
+    with Held() as held:
         found = tune.Tuner(
             tune.with_resources(trainable, {"CPU": 1}),
             param_space=space,
@@ -113,7 +69,7 @@ def main() -> None:
     seconds = time.perf_counter() - began
     losses = [result.metrics.get("eval_loss") for result in found]
     assert len(losses) == len(list(product(ranks.split(","), rates.split(",")))), losses
-    print(json.dumps({"seconds": seconds, "peak_bytes": memory.peak, "eval_losses": losses}))
+    print(json.dumps({"seconds": seconds, "peak_bytes": held.peak, "eval_losses": losses}))
 
 
 if __name__ == "__main__":
