@@ -1,7 +1,7 @@
 """The search space: which keys of the job file, with which values. Pure, no Ray."""
 
 from collections.abc import Iterator, Mapping
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ Params = Mapping[str, Any]
 _OF_THE_ADAPTER = ("lora.", "training.")
 _OF_THE_PASS = ("training.tokens_per_pass", "training.gradient_checkpointing")
 _NOT_SEARCHED = ("name", "output_dir", "tracking", "cluster", "sweep", "evaluation", "checkpoint")
+# A space of more combinations is checked key by key and in its first so many corners.
+_MOST_CORNERS = 1024
 # PBT goes on from any trial's evaluation, so none of their checkpoints may go.
 _ALL_CHECKPOINTS = 10**6
 
@@ -34,13 +36,15 @@ def check(job: JobConfig) -> SweepConfig:
     for key, domain in sweep.search_space.items():
         if key.startswith(_NOT_SEARCHED):
             raise RefusedError(f"sweep.search_space: {key} is the sweep's own and not searched")
-        for value in next(iter(domain.values())):
+        for value in _edges(domain):
             _try(job, {key: value}, f"sweep.search_space.{key}")
     for number, point in enumerate(sweep.points):
         if set(point) != set(sweep.search_space):
             keys = ", ".join(sorted(sweep.search_space))
             raise RefusedError(f"sweep.points[{number}]: give a value for each of {keys}")
         _try(job, point, f"sweep.points[{number}]")
+    for combination in islice(_corners(sweep), _MOST_CORNERS):
+        _try(job, combination, f"sweep.search_space: {_written(combination)} do not go together")
     _check_metric(job, sweep)
     _check_searcher(sweep)
     return sweep
@@ -59,11 +63,21 @@ def _can_share(sweep: SweepConfig) -> bool:
     )
 
 
-def grid(sweep: SweepConfig) -> Iterator[dict[str, Any]]:
-    """Every combination of the listed values."""
-    values = [next(iter(domain.values())) for domain in sweep.search_space.values()]
-    for combination in product(*values):
+def _edges(domain: Mapping[str, list[Any]]) -> list[Any]:
+    """The listed values, or a range's ends as the searcher gives them."""
+    kind, values = next(iter(domain.items()))
+    return [float(value) for value in values] if kind in ("uniform", "loguniform") else values
+
+
+def _corners(sweep: SweepConfig) -> Iterator[dict[str, Any]]:
+    """Every combination of listed values and of ranges' ends."""
+    edges = [_edges(domain) for domain in sweep.search_space.values()]
+    for combination in product(*edges):
         yield dict(zip(sweep.search_space, combination, strict=True))
+
+
+def _written(params: Params) -> str:
+    return ", ".join(f"{key}={value}" for key, value in params.items())
 
 
 def trial_job(job: JobConfig, name: str, trials_dir: Path, params: Params, uri: str) -> JobConfig:
@@ -141,7 +155,7 @@ def _check_searcher(sweep: SweepConfig) -> None:
             raise RefusedError(
                 f"sweep.searcher: grid needs listed values; {', '.join(ranges)} is a range"
             )
-        size = sum(1 for _ in grid(sweep))
+        size = sum(1 for _ in _corners(sweep))
         if size > sweep.trials:
             raise RefusedError(
                 f"sweep.trials: the grid has {size} points and only {sweep.trials} trials; set "

@@ -21,7 +21,7 @@ from tests.benchmarks.material import finish, start, write_model, write_rows
 
 RANKS = (4, 8, 16, 32)
 RATES = (1e-4, 3e-4, 1e-3, 3e-3)
-HELD_OUT = 16
+HELD_OUT = 8
 TENANTS = (1, 4, 8)
 
 
@@ -46,8 +46,8 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rows", type=Path)
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--skip", action="append", default=[], choices=list(_PARTS))
     return parser.parse_args()
 
@@ -74,15 +74,15 @@ def _warm(folder: Path, options: argparse.Namespace) -> None:
 
 
 def _shared(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    return _sweep(folder, options, "shared")
+    return _sweep(folder, options, "shared", options.steps // 2)
 
 
 def _isolated(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    return _sweep(folder, options, "isolated", placement="isolated")
+    return _sweep(folder, options, "isolated", options.steps // 2, placement="isolated")
 
 
 def _asha(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    return _sweep(folder, options, "asha", scheduler="asha")
+    return _sweep(folder, options, "asha", options.steps // 6, scheduler="asha")
 
 
 def _tenants(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -118,9 +118,13 @@ _PARTS = {
 }
 
 
-def _sweep(folder: Path, options: argparse.Namespace, name: str, **settings: Any) -> dict[str, Any]:
+def _sweep(
+    folder: Path, options: argparse.Namespace, name: str, every: int, **settings: Any
+) -> dict[str, Any]:
     space = {"search_space": _space(RANKS, RATES), "trials": len(RANKS) * len(RATES)}
-    return _measured(folder, _job(folder, name, options, {**space, **settings}))
+    job = _job(folder, name, options, {**space, **settings})
+    job["evaluation"]["every"] = every
+    return _measured(folder, job)
 
 
 def _measured(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
@@ -152,7 +156,7 @@ def _job(
         },
         "lora": {"rank": 16, "alpha": 32},
         "training": {"max_steps": options.steps, "batch_size": options.batch},
-        "evaluation": {"every": max(1, options.steps // 2), "samples": 0},
+        "evaluation": {"every": options.steps, "samples": 0},
         "cluster": {"address": "local"},
         "sweep": {"searcher": "grid", "scheduler": "none", **sweep},
     }

@@ -243,6 +243,11 @@ def test_an_interrupted_sweep_goes_on_and_leaves_nothing_behind(
         ({"search_space": {}}, "search_space is empty"),
         ({"search_space": {"lora.rnak": {"choice": [1]}}}, "rank"),
         ({"search_space": {"lora.rank": {"choice": [-1]}}}, "lora.rank"),
+        ({"search_space": {"lora.rank": {"uniform": [4, 8]}}}, "lora.rank"),
+        (
+            {"search_space": {"training.warmup_steps": {"int": [1, 50]}}},
+            "training.warmup_steps",
+        ),
         ({"metric": "accuracy"}, "metric"),
         ({"points": [{"lora.rank": 4}]}, "learning_rate"),
         ({"searcher": "grid"}, "is a range"),

@@ -1,0 +1,93 @@
+"""What may be searched, and what becomes of it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.config import JobConfig
+from orchestrator.errors import RefusedError
+from orchestrator.jobfile import job_from_mapping
+from orchestrator.sweep import space
+
+RANKS = {"lora.rank": {"choice": [4, 8]}}
+
+
+def _job(search_space: dict[str, Any], **sweep: Any) -> JobConfig:
+    return job_from_mapping(
+        {
+            "name": "s",
+            "model": {"base": "b"},
+            "data": {"train": "t.jsonl"},
+            "training": {"max_steps": 20},
+            "sweep": {"search_space": search_space, **sweep},
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("search_space", "sweep", "word"),
+    [
+        ({}, {}, "empty"),
+        ({"lora.rnak": {"choice": [1]}}, {}, "lora.rank"),
+        ({"lora.rank": {"choice": [8, -1]}}, {}, "lora.rank"),
+        # What the searcher would give is no whole number.
+        ({"lora.rank": {"uniform": [4, 8]}}, {}, "lora.rank"),
+        ({"output_dir": {"choice": ["a", "b"]}}, {}, "output_dir"),
+        ({"training.warmup_steps": {"int": [0, 50]}}, {}, "training.warmup_steps"),
+        (
+            {"training.warmup_steps": {"choice": [0, 15]}, "training.max_steps": {"int": [10, 30]}},
+            {},
+            "training.warmup_steps=15, training.max_steps=10",
+        ),
+        (RANKS, {"points": [{"lora.alpha": 1}]}, "points[0]"),
+        (RANKS, {"points": [{"lora.rank": 0}]}, "points[0]"),
+        (RANKS, {"searcher": "grid", "trials": 1}, "2 points"),
+        ({"lora.alpha": {"uniform": [1, 2]}}, {"searcher": "grid"}, "is a range"),
+        (RANKS, {"scheduler": "pbt"}, "learning_rate"),
+        ({"data.max_length": {"choice": [8, 16]}}, {"placement": "shared"}, "placement"),
+    ],
+)
+def test_refused(search_space: dict[str, Any], sweep: dict[str, Any], word: str) -> None:
+    with pytest.raises(RefusedError, match=word.replace("[", r"\[").replace("]", r"\]")):
+        space.check(_job(search_space, **sweep))
+
+
+@pytest.mark.parametrize(
+    ("search_space", "sweep", "shared"),
+    [
+        (RANKS, {}, True),
+        (
+            {"training.batch_size": {"choice": [2, 4]}, "lora.dropout": {"uniform": [0, 0.5]}},
+            {},
+            True,
+        ),
+        (RANKS, {"placement": "isolated"}, False),
+        ({**RANKS, "data.max_length": {"choice": [8, 16]}}, {}, False),
+        ({"quantization.type": {"choice": ["nf4", "fp4"]}}, {}, False),
+        # The budget of a pass is the engine's, not the adapter's.
+        ({"training.tokens_per_pass": {"choice": [256, 512]}}, {}, False),
+    ],
+)
+def test_trials_share_a_base_where_only_the_adapter_differs(
+    search_space: dict[str, Any], sweep: dict[str, Any], shared: bool
+) -> None:
+    job = _job(search_space, **sweep)
+    space.check(job)
+    assert space.is_shared(job) is shared
+
+
+def test_without_held_out_rows_only_the_training_loss_is_reported() -> None:
+    job = _job(RANKS)
+    unheld = job.model_copy(update={"data": job.data.model_copy(update={"validation": None})})
+    with pytest.raises(RefusedError, match="nothing reports eval_loss"):
+        space.check(unheld)
+
+
+def test_a_trial_is_a_fine_tune_of_its_own_and_the_best_one_a_job_file() -> None:
+    job = _job(RANKS)
+    trial = space.trial_job(job, "t1", Path("/there"), {"lora.rank": 8}, "sqlite:///s.db")
+    assert (trial.name, trial.output_dir, trial.lora.rank) == ("t1", "/there", 8)
+    assert trial.sweep is None and trial.tracking.uri == "sqlite:///s.db"
+    best = space.best_job(job, {"lora.rank": 8})
+    assert best.sweep is None and best.lora.rank == 8 and best.name == "s-best"
