@@ -70,7 +70,8 @@ class Desk:
 
     async def wishes(self) -> Wishes:
         """For the engine: what is wanted now."""
-        return Wishes(dict(self._members), dict(self._ended), self._closed, self._best)
+        unheard = tuple(name for name in self._members if name not in self._reports)
+        return Wishes(dict(self._members), dict(self._ended), unheard, self._closed, self._best)
 
     async def report(self, name: str, results: list[dict[str, Any]]) -> None:
         """Of the engine: all that a trial's evaluations said so far."""

@@ -17,6 +17,7 @@ from orchestrator.sweep.engine import serve
 
 _ANSWER_SECONDS = 120.0
 _END_SECONDS = 120.0
+_AGAIN_SECONDS = 10.0
 
 
 class RunningEngine:
@@ -57,8 +58,10 @@ class RunningEngine:
         Raises:
             OrchestratorError: the engine failed, or the adapter is not what was trained.
         """
-        ray.get(self.desk.close.remote(best), timeout=_ANSWER_SECONDS)
-        self._run.wait()
+        while not self.ended:
+            # Said again and again, for a desk that died and came back knows nothing of it.
+            ray.get(self.desk.close.remote(best), timeout=_ANSWER_SECONDS)
+            self._run.wait(_AGAIN_SECONDS)
         return self.result()
 
     def __enter__(self) -> "RunningEngine":

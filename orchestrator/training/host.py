@@ -91,6 +91,8 @@ class Host:
         for name, member in wishes.members.items():
             if name not in self._courses:
                 self._alone(name, partial(self._join, name, member))
+            elif name in wishes.unheard:
+                self._tell(name)
 
     def _join(self, name: str, member: Member) -> None:
         observer = self._observer_of(member.folder)

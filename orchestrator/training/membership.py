@@ -28,11 +28,13 @@ class Member:
 class Wishes:
     """What is wanted now.
 
-    ended: how members end, by name. closed: no more come. best: the folder of the best of all.
+    ended: how members end, by name. unheard: members of whose evaluations nothing is known, since
+    who asks has forgotten it. closed: no more come. best: the folder of the best of all.
     """
 
     members: Mapping[str, Member]
     ended: Mapping[str, str]
+    unheard: tuple[str, ...] = ()
     closed: bool = False
     best: Path | None = None
 

@@ -94,7 +94,7 @@ def test_trials_are_nested_runs_whose_curves_are_those_of_solo_runs(
 
 
 @pytest.mark.cluster
-def test_a_killed_engine_and_a_killed_trial_change_nothing(
+def test_a_killed_engine_a_killed_trial_and_a_killed_desk_change_nothing(
     commands: Commands, job_file: JobFile, tmp_path: Path
 ) -> None:
     job, folder = _job(job_file, "faults", steps=60), tmp_path / "runs" / "faults"
@@ -104,6 +104,9 @@ def test_a_killed_engine_and_a_killed_trial_change_nothing(
     there = _steps(folder)
     wait_until(lambda: _steps(folder) > there + 10, "the engine went on")
     _kill(process.pid, "ResourceTrainable")
+    there = _steps(folder)
+    wait_until(lambda: _steps(folder) > there + 10, "the engine went on")
+    _kill(process.pid, "Desk")
     ended = commands.wait(process)
     assert ended.status == 0, ended.err
     trials = ended.result["trials"]
