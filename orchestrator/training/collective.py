@@ -1,7 +1,7 @@
 """What workers say to one another; a single process says it to itself."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -22,6 +22,8 @@ class World:
     Attributes:
         nodes: machines the workers run on.
         waited: seconds spent in `sum` so far, waiting for slower workers included.
+        ask: flags of this worker that travel with every `sum`. A collective of their own would
+            cost a trip around all workers; see `take_answers`.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, nodes: int = 1, tensors: Any = None) -> None:
@@ -36,6 +38,8 @@ class World:
         self.rank, self.size, self.nodes = rank, size, nodes
         self._tensors = tensors
         self.waited = 0.0
+        self.ask: Callable[[], Sequence[bool]] = tuple
+        self._answers: list[bool] = []
 
     @property
     def leads(self) -> bool:
@@ -48,9 +52,12 @@ class World:
         Raises:
             WorkerLostError: a worker died or is silent for longer than the group's timeout.
         """
+        asked = [float(flag) for flag in self.ask()]
         if self.size == 1:
+            self._hear(asked)
             return
-        flat = torch.cat([t.reshape(-1).to(torch.float32) for t in tensors])
+        flags = torch.tensor(asked, dtype=torch.float32, device=tensors[0].device)
+        flat = torch.cat([*(t.reshape(-1).to(torch.float32) for t in tensors), flags])
         began = time.perf_counter()
         with _others_may_be_lost():
             dist.all_reduce(flat, group=self._tensors)
@@ -62,6 +69,19 @@ class World:
         for tensor in tensors:
             tensor.copy_(flat[start : start + tensor.numel()].view_as(tensor))
             start += tensor.numel()
+        self._hear(flat[start:].tolist())
+
+    def take_answers(self) -> list[bool]:
+        """For each flag of `ask` whether it was set on any worker in a `sum` since the last call.
+
+        All workers hear the same; nothing where there was no such sum.
+        """
+        answers, self._answers = self._answers, []
+        return answers
+
+    def _hear(self, counts: list[float]) -> None:
+        before = self._answers or [False] * len(counts)
+        self._answers = [old or count > 0 for old, count in zip(before, counts, strict=True)]
 
     def any(self, *flags: bool) -> list[bool]:
         """For each flag whether it is set on any worker; all hear the same answer.

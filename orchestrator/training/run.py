@@ -179,12 +179,13 @@ def _check_alike(world: World, base: str, data: PreparedData) -> None:
 
 
 def _train(state: Course) -> None:
-    world = state.ground.world
+    world, observer = state.ground.world, state.observer
+    world.ask = lambda: (observer.stop_requested(), observer.save_requested())
     while not state.done:
         _step(state)
         if course.evaluation_due(state):
             course.evaluate(state)
-        stop, gone = world.any(state.observer.stop_requested(), state.observer.save_requested())
+        stop, gone = world.take_answers()
         if stop or state.done:
             course.save_at_last(state)
         else:
