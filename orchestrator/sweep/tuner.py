@@ -17,8 +17,9 @@ _SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
-# A trial only waits; Tune refuses 0.
-_TRIAL_CPUS = 0.001
+# A trial only waits, and Tune refuses to ask for nothing: a byte. The smallest share of a CPU would
+# keep a worker that takes all CPUs of a node from ever starting.
+_TRIAL_RESOURCES = {"memory": 1}
 _ENDLESS = 10**6
 
 
@@ -34,9 +35,7 @@ def make_tuner(job: JobConfig, run_dir: Path, context: Context, places: int) -> 
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     folder = run_dir / _FOLDER
-    trainable = tune.with_resources(
-        tune.with_parameters(Trial, context=context), {"CPU": _TRIAL_CPUS}
-    )
+    trainable = tune.with_resources(tune.with_parameters(Trial, context=context), _TRIAL_RESOURCES)
     if tune.Tuner.can_restore(str(folder)):
         return tune.Tuner.restore(str(folder), trainable, resume_unfinished=True)
     return tune.Tuner(
