@@ -113,7 +113,7 @@ def _sweep(
     # when it is imported.
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     from orchestrator.sweep import driver
-    from orchestrator.sweep.finish import conclude, results
+    from orchestrator.sweep.finish import conclude, results, settle
 
     began = time.monotonic()
     delivery, trials = Delivery(job, run_dir, say), TrialDeliveries(job, run_dir, say)
@@ -124,7 +124,7 @@ def _sweep(
         with watch(run_dir) if watch else _nothing(), _stop_on_interrupt(run_dir):
             engine = driver.run(job, run_dir, say)
         with JournalObserver(run_dir) as observer:
-            conclude(job, run_dir, engine, observer)
+            conclude(job, run_dir, engine, observer, lambda: _registered(job, delivery))
         status = "finished"
     except OrchestratorError as raised:
         status = "interrupted" if raised.exit_status == 130 else "failed"
@@ -135,14 +135,24 @@ def _sweep(
         raise
     finally:
         seconds = time.monotonic() - began
+        settle(run_dir, "interrupted")
         with JournalObserver(run_dir) as observer:
             observer.emit("finish", status=status, error=error, seconds=seconds)
         left = _DELIVERY_SECONDS if status == "finished" else _PENDING_SECONDS
-        trials.close(left)
+        end = time.monotonic() + left
         report = delivery.close(left)
+        # After the run that they are nested in.
+        trials.close(max(1.0, end - time.monotonic()))
     complete = results(job, run_dir, status, seconds, report.run_id, report.model_version)
     _write(run_dir / "result.json", json.dumps(complete, indent=1))
     return complete
+
+
+def _registered(job: JobConfig, delivery: Delivery) -> str | None:
+    """The version of the sweep's adapter, as soon as MLflow has registered it."""
+    if job.tracking.registered_model is None:
+        return None
+    return delivery.catch_up(_PENDING_SECONDS).model_version
 
 
 def _finished_sweep(run_dir: Path) -> dict[str, Any] | None:
@@ -151,7 +161,14 @@ def _finished_sweep(run_dir: Path) -> dict[str, Any] | None:
         found: dict[str, Any] = json.loads((run_dir / "result.json").read_text())
     except (OSError, ValueError):
         return None
-    return found if found.get("status") == "finished" and "trials" in found else None
+    if found.get("status") != "finished" or "trials" not in found:
+        return None
+    # MLflow may have taken the runs only after their command had ended.
+    for trial in (*found["trials"], found["best"]):
+        if (own := Cursor.peek(run_dir / "trials" / trial["trial_id"])) is not None:
+            trial["run_id"] = own.run_id
+    cursor = Cursor.load(run_dir)
+    return {**found, "run_id": cursor.run_id, "model_version": cursor.model_version}
 
 
 def _run(

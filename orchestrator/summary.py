@@ -1,4 +1,4 @@
-"""What a finished fine-tune tells the user at its end."""
+"""What a finished fine-tune or sweep tells the user at its end."""
 
 import json
 from itertools import takewhile
@@ -7,8 +7,22 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from orchestrator.config import JobConfig
+from orchestrator.sweep.report.table import rank
+from orchestrator.sweep.words import (
+    counted,
+    duration,
+    measured,
+    metric_name,
+    short_labels,
+    shown,
+)
+
+# The report shows all.
+_TRIALS_SHOWN = 20
+_ERRORS_SHOWN = 3
 
 
 def show(job: JobConfig, job_file: str, results: dict[str, Any], console: Console) -> None:
@@ -34,18 +48,22 @@ def show(job: JobConfig, job_file: str, results: dict[str, Any], console: Consol
 
 def show_sweep(job: JobConfig, job_file: str, results: dict[str, Any], console: Console) -> None:
     """The trials, best first, the best one's job file and adapter, how to open the UI."""
-    trials = sorted(results["trials"], key=_rank)
-    keys = list(trials[0]["params"]) if trials else []
-    table = Table(title=f"Trials of {job.name}", expand=False)
-    for heading in ("trial", *keys, "steps", "eval loss", "state"):
-        table.add_column(heading)
-    for trial in trials:
-        loss = "" if trial["eval_loss"] is None else f"{trial['eval_loss']:.4f}"
-        values = [_number(trial["params"][key]) for key in keys]
-        table.add_row(trial["trial_id"], *values, str(trial["steps"]), loss, trial["status"])
-    console.print(table, markup=False)
-    best = results["best"]
-    console.print(f"Best         {best['trial_id']}, {results['seconds']:.0f} s for all")
+    assert job.sweep is not None
+    metric, mode, best = job.sweep.metric, job.sweep.mode, results["best"]
+    trials = sorted(results["trials"], key=lambda trial: rank(trial, metric, mode))
+    console.print(_trial_table(job.name, metric, trials, best["trial_id"]), markup=False)
+    if len(trials) > _TRIALS_SHOWN:
+        console.print(f"and {len(trials) - _TRIALS_SHOWN} more; the report has them all")
+    for trial in [trial for trial in trials if trial["error"]][:_ERRORS_SHOWN]:
+        line = f"{trial['trial_id']} failed: {trial['error']}"
+        console.print(line, soft_wrap=True, markup=False)
+    console.print(
+        f"Trials       {counted([trial['status'] for trial in trials])}, "
+        f"{duration(results['seconds'])} for all"
+    )
+    console.print(
+        f"Best         {best['trial_id']}, {metric_name(metric)} {measured(best[metric])}"
+    )
     console.print(f"Job file     {best['job']}", soft_wrap=True, markup=False)
     console.print(f"Adapter      {results['adapter']}", soft_wrap=True, markup=False)
     console.print(f"Report       {results['report']}", soft_wrap=True, markup=False)
@@ -56,13 +74,28 @@ def show_sweep(job: JobConfig, job_file: str, results: dict[str, Any], console: 
     console.print(f"MLflow UI    orchestrator ui {job_file}", soft_wrap=True, markup=False)
 
 
-def _rank(trial: dict[str, Any]) -> tuple[bool, float]:
-    loss = trial["eval_loss"]
-    return trial["status"] != "finished", float("inf") if loss is None else loss
-
-
-def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _trial_table(name: str, metric: str, trials: list[dict[str, Any]], best: str) -> Table:
+    """The best of the trials; cells are texts, for values are the user's own."""
+    keys = list(trials[0]["params"]) if trials else []
+    table = Table(title=Text(f"Trials of {name}"), expand=False)
+    for heading in ("trial", *short_labels(keys).values()):
+        table.add_column(heading, overflow="fold")
+    measures = list(dict.fromkeys(("eval_loss", metric)))
+    for heading in ("steps", *map(metric_name, measures), "time"):
+        table.add_column(heading, justify="right")
+    table.add_column("state")
+    for trial in trials[:_TRIALS_SHOWN]:
+        cells = [
+            trial["trial_id"],
+            *(shown(trial["params"][key]) for key in keys),
+            str(trial["steps"]),
+            *(measured(trial[measure]) for measure in measures),
+            duration(trial["seconds"]),
+            trial["status"],
+        ]
+        style = "bold" if trial["trial_id"] == best else ""
+        table.add_row(*map(Text, cells), style=style)
+    return table
 
 
 def _show_samples(path: Path, console: Console) -> None:

@@ -1,8 +1,8 @@
-"""The end of a sweep: its best adapter, its best job file, its report."""
+"""The end of a sweep: its trials' last words, its best adapter and job file, its report."""
 
-import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +11,79 @@ from orchestrator.errors import OrchestratorError
 from orchestrator.jobfile import dump_job
 from orchestrator.sweep import space
 from orchestrator.sweep.outcome import Outcome, best_trial, outcomes
+from orchestrator.sweep.report import PAGE, TABLE, write_report
+from orchestrator.sweep.report.page import Winner
+from orchestrator.sweep.report.table import row
 from orchestrator.tracking.cursor import Cursor
+from orchestrator.tracking.observer import JournalObserver
 from orchestrator.tracking.secrets import redact
 
+_SUMMARY = ("steps", "tokens", "seconds", "eval_loss", "train_loss")
 
-def conclude(job: JobConfig, run_dir: Path, engine: dict[str, Any], observer: Any) -> None:
-    """Put the best trial's adapter and job file in the sweep's folder, and tell.
+
+def settle(run_dir: Path, status: str) -> None:
+    """Give each trial's journal its last word, where the end of the sweep came before it.
+
+    Args:
+        run_dir: the sweep's folder, in which nobody trains any more.
+        status: what becomes of a trial that was not trained to its end.
+    """
+    for outcome in outcomes(run_dir / "trials"):
+        if not outcome.settled:
+            word = "finished" if outcome.status == "finished" else status
+            summary = {name: getattr(outcome, name) for name in _SUMMARY}
+            with JournalObserver(outcome.folder) as observer:
+                observer.emit("finish", status=word, error=None, **summary)
+
+
+def conclude(
+    job: JobConfig,
+    run_dir: Path,
+    engine: dict[str, Any],
+    observer: Any,
+    registered: Callable[[], str | None],
+) -> None:
+    """Put the best trial's adapter, its job file and the report in the sweep's folder, and tell.
+
+    Args:
+        job: the sweep's.
+        run_dir: its folder.
+        engine: the proof of the best trial's adapter, if there is one.
+        observer: writes the sweep's journal.
+        registered: waits for MLflow and returns the adapter's model version, if it has one.
 
     Raises:
-        OrchestratorError: no trial was trained to its end.
+        OrchestratorError: no trial was trained to its end; there is a report nevertheless.
     """
+    settle(run_dir, "stopped")
     found = outcomes(run_dir / "trials")
-    best = _best(job, found)
+    best, winner = best_trial(found, *_aim(job)), None
+    if best is not None:
+        _tell_best(job, run_dir, best, engine, observer)
+        text, adapter = _job_file(run_dir).read_text(), str(run_dir / "adapter")
+        winner = Winner(best, text, adapter, registered())
+    folder = run_dir / "report"
+    write_report(job, folder, found, winner)
+    if best is not None:
+        shutil.copy(_job_file(run_dir), folder / "best.yaml")
+    counts = {
+        state: [o.status for o in found].count(state) for state in ("finished", "stopped", "failed")
+    }
+    observer.emit("trials", **counts, tokens=sum(o.tokens for o in found))
+    observer.emit("files", path=str(folder), tables=[TABLE])
+    _best(job, found)
+
+
+def _tell_best(
+    job: JobConfig, run_dir: Path, best: Outcome, engine: dict[str, Any], observer: Any
+) -> None:
+    params = best.params(_keys(job))
     _copy(best.folder / "adapter", run_dir / "adapter")
-    _write(_job_file(run_dir), redact(dump_job(space.best_job(job, best.params(_keys(job))))))
-    table = [_row(job, o) for o in found]
-    (run_dir / "report").mkdir(exist_ok=True)
-    _write(run_dir / "report" / "trials.json", json.dumps(table, indent=1))
-    shutil.copy(_job_file(run_dir), run_dir / "report" / "best.yaml")
-    observer.emit("best", trial_id=best.trial_id, params=best.params(_keys(job)))
-    observer.emit("files", path=str(run_dir / "report"))
+    loss = "" if best.eval_loss is None else f": eval loss {best.eval_loss:.4f}"
+    head = f"# The sweep's best trial, {best.trial_id}{loss} after {best.steps} steps.\n"
+    _write(_job_file(run_dir), redact(head + dump_job(space.best_job(job, params))))
+    measures = {name: getattr(best, name) for name in _SUMMARY}
+    observer.emit("best", trial_id=best.trial_id, params=params, **measures)
     observer.emit(
         "adapter",
         step=best.steps,
@@ -59,14 +112,13 @@ def results(
         "trials": [_row(job, outcome) for outcome in found],
         "best": {**_row(job, best), "job": str(_job_file(run_dir))},
         "adapter": str(run_dir / "adapter"),
-        "report": str(run_dir / "report"),
+        "report": str(run_dir / "report" / PAGE),
         "model_version": model_version,
     }
 
 
 def _best(job: JobConfig, found: list[Outcome]) -> Outcome:
-    assert job.sweep is not None
-    best = best_trial(found, job.sweep.metric, job.sweep.mode)
+    best = best_trial(found, *_aim(job))
     if best is None:
         errors = [f"{o.trial_id}: {o.error}" for o in found if o.error]
         why = f" The first error was of {errors[0]}" if errors else ""
@@ -76,18 +128,13 @@ def _best(job: JobConfig, found: list[Outcome]) -> Outcome:
 
 def _row(job: JobConfig, outcome: Outcome) -> dict[str, Any]:
     cursor = Cursor.peek(outcome.folder)
-    return {
-        "trial_id": outcome.trial_id,
-        "run_id": None if cursor is None else cursor.run_id,
-        "params": outcome.params(_keys(job)),
-        "status": outcome.status,
-        "steps": outcome.steps,
-        "eval_loss": outcome.eval_loss,
-        "train_loss": outcome.train_loss,
-        "tokens": outcome.tokens,
-        "seconds": outcome.seconds,
-        "error": outcome.error,
-    }
+    return {**row(outcome, _keys(job)), "run_id": None if cursor is None else cursor.run_id}
+
+
+def _aim(job: JobConfig) -> tuple[str, str]:
+    """The metric, and whether a small or a large one is better."""
+    assert job.sweep is not None
+    return job.sweep.metric, job.sweep.mode
 
 
 def _keys(job: JobConfig) -> tuple[str, ...]:

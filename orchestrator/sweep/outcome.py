@@ -1,6 +1,7 @@
 """What the trials came to, read from their journals. Pure; knows neither Ray nor MLflow."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,10 @@ class Outcome:
     """One trial.
 
     status: finished (trained to its end), stopped (by the scheduler or the time budget), failed,
-    or running. The losses are those of the last evaluation; seconds are of training steps.
+    interrupted (with the whole sweep), running, or waiting (before its first start). eval_loss is
+    that of the last evaluation after a step, None where there was none; it may be NaN. seconds are
+    of training steps; began and ended are Unix times of its first and last event. settled: the
+    journal has its last word.
     """
 
     trial_id: str
@@ -25,6 +29,7 @@ class Outcome:
     job: JobConfig
     status: str
     steps: int
+    total_steps: int | None
     tokens: int
     seconds: float
     eval_loss: float | None
@@ -32,6 +37,9 @@ class Outcome:
     losses: tuple[tuple[int, float], ...]
     evaluations: tuple[tuple[int, float], ...]
     error: str | None
+    began: float | None
+    ended: float | None
+    settled: bool
 
     @property
     def perplexity(self) -> float | None:
@@ -45,13 +53,13 @@ class Outcome:
 
     def params(self, keys: tuple[str, ...]) -> dict[str, Any]:
         """The trial's values of the searched keys."""
-        return {key: _value(self.job, key) for key in keys}
+        return {key: value_of(self.job, key) for key in keys}
 
 
 def outcomes(trials_dir: Path) -> list[Outcome]:
-    """Every trial that was begun, in the order they were proposed."""
+    """Every trial that was proposed, in the order they began."""
     folders = sorted(path.parent for path in trials_dir.glob("*/job.yaml"))
-    return sorted((_outcome(folder) for folder in folders), key=lambda o: _place(o.trial_id))
+    return sorted((_outcome(folder) for folder in folders), key=_place)
 
 
 def best_trial(found: list[Outcome], metric: str, mode: str) -> Outcome | None:
@@ -61,30 +69,51 @@ def best_trial(found: list[Outcome], metric: str, mode: str) -> Outcome | None:
     return choose(whole, key=lambda o: getattr(o, metric), default=None)
 
 
+def value_of(job: JobConfig, key: str) -> Any:
+    """What a job holds under a dotted key."""
+    value: Any = job
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
 def _outcome(folder: Path) -> Outcome:
     path = journal_path(folder)
     events = [event for event, _ in read_events(path)] if path.exists() else []
     steps = [event for event in events if event["event"] == "step"]
     held_out = [event for event in events if event["event"] == "evaluation"]
+    # Before the first step every trial has the base's own eval loss, which says nothing of it.
+    own = [event["eval_loss"] for event in held_out if event["step"] > 0]
+    starts = [event for event in events if event["event"] == "start"]
     ends = [event for event in events if event["event"] in ("start", "finish")]
-    status = ends[-1]["status"] if ends and ends[-1]["event"] == "finish" else "running"
-    if any(event["event"] == "adapter" for event in events):
-        # Saved at the very end, just before the word that it is finished.
-        status = "finished"
+    settled = bool(ends) and ends[-1]["event"] == "finish"
     return Outcome(
         trial_id=folder.name,
         folder=folder,
         job=_job(folder),
-        status=status,
+        status=_status(events, ends),
         steps=max((event["step"] for event in steps), default=0),
+        total_steps=starts[-1]["total_steps"] if starts else None,
         tokens=sum(event["tokens"] for event in steps),
         seconds=sum(event["seconds"] for event in steps),
-        eval_loss=held_out[-1]["eval_loss"] if held_out else None,
+        eval_loss=own[-1] if own else None,
         train_loss=steps[-1]["loss"] if steps else None,
         losses=tuple((event["step"], event["loss"]) for event in steps),
         evaluations=tuple((event["step"], event["eval_loss"]) for event in held_out),
         error=ends[-1].get("error") if ends else None,
+        began=events[0]["time"] if events else None,
+        ended=events[-1]["time"] if events else None,
+        settled=settled,
     )
+
+
+def _status(events: Sequence[dict[str, Any]], ends: Sequence[dict[str, Any]]) -> str:
+    if any(event["event"] == "adapter" for event in events):
+        # Saved at the very end, just before the word that it is finished.
+        return "finished"
+    if not ends:
+        return "running" if events else "waiting"
+    return str(ends[-1]["status"]) if ends[-1]["event"] == "finish" else "running"
 
 
 def _job(folder: Path) -> JobConfig:
@@ -97,17 +126,9 @@ def _job(folder: Path) -> JobConfig:
         ) from error
 
 
-def _value(job: JobConfig, key: str) -> Any:
-    value: Any = job
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value
-
-
-def _place(trial_id: str) -> tuple[int, str]:
-    """Tune's ids end with the number of the trial."""
-    number = trial_id.rpartition("_")[2]
-    return (int(number) if number.isdigit() else 0, trial_id)
+def _place(outcome: Outcome) -> tuple[float, str]:
+    """Tune's ids are numbered by some searchers, random by others."""
+    return (math.inf if outcome.began is None else outcome.began, outcome.trial_id)
 
 
 def _finite(value: float | None) -> bool:

@@ -25,6 +25,7 @@ from orchestrator.tracking.store import tracking_uri
 
 Say = Callable[[str], None]
 _POLL_SECONDS = 1.0
+_LOOK_SECONDS = 0.1
 _LONGEST_PAUSE = 30.0
 _BATCH = 100
 # One refused connection may be a proxy's hiccup; the user hears of the second in a row.
@@ -71,7 +72,7 @@ class Delivery:
         self._closing = threading.Event()
         self._deadline = float("inf")
         self._failures = 0
-        self._told = False
+        self._told = self._at_rest = False
         self._thread = threading.Thread(target=self._work, daemon=True, name="mlflow-delivery")
 
     @property
@@ -84,9 +85,29 @@ class Delivery:
         """Whether the user was told that MLflow is away, and it has not come back since."""
         return self._told
 
+    @property
+    def at_rest(self) -> bool:
+        """Whether the last event that was delivered is the run's last word."""
+        return self._at_rest
+
     def start(self) -> None:
         """Begin in the background."""
         self._thread.start()
+
+    def catch_up(self, timeout: float) -> DeliveryReport:
+        """Wait until what the journal holds by now is delivered, at most `timeout` seconds.
+
+        Returns at once where MLflow is known to be away; delivery goes on.
+        """
+        end = time.monotonic() + timeout
+        while self._thread.is_alive() and not self._told and time.monotonic() < end:
+            if not count_pending(self._run_dir, self._cursor):
+                break
+            time.sleep(_LOOK_SECONDS)
+        pending = count_pending(self._run_dir, self._cursor)
+        if self._cursor is None:
+            return DeliveryReport(None, None, pending)
+        return DeliveryReport(self._cursor.run_id, self._cursor.model_version, pending)
 
     def close(self, timeout: float) -> DeliveryReport:
         """Wait until all is delivered, at most `timeout` seconds.
@@ -177,6 +198,7 @@ class Delivery:
                 self._replay.deliver([event for event, _ in batch])
                 self._replay.cursor = self._replay.cursor.moved(batch[-1][1])
                 self._replay.cursor.save(self._run_dir)
+                self._at_rest = batch[-1][0]["event"] == "finish"
             finally:
                 self._cursor = self._replay.cursor
 
@@ -230,18 +252,18 @@ def deliver_pending(job: JobConfig, run_dir: Path, say: Say, timeout: float) -> 
     end = time.monotonic() + timeout
     answers = True
     for path in sorted(run_dir.parent.glob("*/journal.jsonl")):
-        folder, left = path.parent, end - time.monotonic()
-        if left <= 0 or not answers:
+        folder = path.parent
+        if time.monotonic() > end or not answers:
             return
         try:
-            if not count_pending(folder, Cursor.peek(folder)):
+            if not any(map(_waits, (folder, *_trials(folder)))):
                 continue
             if folder != run_dir:
                 with FileLock(folder / ".lock", blocking=False):
-                    answers = _deliver_now(earlier_job(folder, job), folder, say, left)
+                    answers = _deliver_now(earlier_job(folder, job), folder, say, end)
             elif is_finished(path):
                 # A run that goes on delivers its own journal.
-                answers = _deliver_now(job, folder, say, left)
+                answers = _deliver_now(job, folder, say, end)
         except Timeout:
             # Another command is at work on it.
             continue
@@ -256,9 +278,35 @@ def count_pending(run_dir: Path, cursor: Cursor | None) -> int:
     return sum(1 for _ in read_events(path, offset)) if path.exists() else 0
 
 
-def _deliver_now(job: JobConfig, folder: Path, say: Say, timeout: float) -> bool:
+def _waits(folder: Path) -> bool:
+    return count_pending(folder, Cursor.peek(folder)) > 0
+
+
+def _trials(folder: Path) -> list[Path]:
+    """The folders of a sweep's trials; none of a fine-tune's."""
+    return sorted(path.parent for path in folder.glob("trials/*/journal.jsonl"))
+
+
+def _deliver_now(job: JobConfig, folder: Path, say: Say, end: float) -> bool:
+    """Deliver a run, and a sweep's trials after it; returns whether MLflow answered."""
+    from orchestrator.tracking.earlier import earlier_job
+
+    if _waits(folder) and not _deliver_one(job, folder, say, end):
+        return False
+    own = Cursor.peek(folder)
+    if own is None or own.run_id is None:
+        return True
+    for trial in filter(_waits, _trials(folder)):
+        if not _deliver_one(earlier_job(trial, job), trial, say, end, own.run_id):
+            return False
+    return True
+
+
+def _deliver_one(
+    job: JobConfig, folder: Path, say: Say, end: float, parent: str | None = None
+) -> bool:
     """Whether MLflow answered."""
-    delivery = Delivery(job, folder, say, patient=False)
+    delivery = Delivery(job, folder, say, patient=False, parent=parent)
     delivery.start()
-    delivery.close(timeout)
+    delivery.close(max(0.0, end - time.monotonic()))
     return not delivery.away

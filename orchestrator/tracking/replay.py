@@ -38,8 +38,10 @@ class Replay:
         self.cursor = cursor
         self._client, self._job, self._run_dir = client, job, run_dir
         self._run_id = str(cursor.run_id)
+        self._described = False
         self._handlers = {
             "start": self._start,
+            "best": self._best,
             "adapter": self._adapter,
             "finish": self._finish,
             "files": self._files,
@@ -47,6 +49,11 @@ class Replay:
 
     def deliver(self, events: Sequence[Event]) -> None:
         """Deliver events in the journal's order."""
+        if not self._described:
+            # A sweep has no start of its own, nor has a trial that could not join.
+            self._log_parameters(values.parameters(self._job))
+            self._log_job_file()
+            self._described = True
         self._log_metrics(events)
         if any(event["event"] == "sample" for event in events):
             self._log_samples()
@@ -65,11 +72,11 @@ class Replay:
 
     def _start(self, event: Event) -> None:
         self._client.update_run(self._run_id, status="RUNNING")
-        self._log_parameters()
         base, environment = event.get("base", {}), event.get("environment", {})
         described = ("device", "workers", "trainable_parameters")
         self._set_tags(
             {
+                "state": "running",
                 **{f"base.{name}": value for name, value in base.items()},
                 **{name: event[name] for name in described if name in event},
                 **{f"environment.{name}": value for name, value in environment.items()},
@@ -79,13 +86,16 @@ class Replay:
             self._log_dataset(event["dataset"])
         shown = {name: values.text(value) for name, value in environment.items()}
         self._client.log_dict(self._run_id, shown, "environment.json")
+        self._log_job_file()
+
+    def _log_job_file(self) -> None:
         if (self._run_dir / "job.yaml").exists():
             text = redact((self._run_dir / "job.yaml").read_text())
             self._client.log_text(self._run_id, text, "job.yaml")
 
-    def _log_parameters(self) -> None:
+    def _log_parameters(self, wanted: Mapping[str, str]) -> None:
         """MLflow's parameters never change; one that did since the run began becomes a tag."""
-        wanted, run = values.parameters(self._job), self._client.get_run(self._run_id).data
+        run = self._client.get_run(self._run_id).data
         fresh = [Param(name, value) for name, value in wanted.items() if name not in run.params]
         self._client.log_batch(self._run_id, params=fresh, synchronous=True)
         self._set_tags(
@@ -109,6 +119,12 @@ class Replay:
         context = InputTag("mlflow.data.context", "training")
         self._client.log_inputs(self._run_id, [DatasetInput(entity, [context])])
 
+    def _best(self, event: Event) -> None:
+        """What a sweep's best trial was."""
+        found = {f"best.{name}": value for name, value in event["params"].items()}
+        self._log_parameters({values.key(k): values.text(value) for k, value in found.items()})
+        self._set_tags({"best.trial_id": event["trial_id"]})
+
     def _adapter(self, event: Event) -> None:
         folder, eval_loss = Path(event["path"]), event.get("eval_loss")
         if not folder.is_dir():
@@ -130,6 +146,7 @@ class Replay:
         folder = Path(event["path"])
         if folder.is_dir():
             self._client.log_artifacts(self._run_id, str(folder), folder.name)
+            self._show_tables([f"{folder.name}/{name}" for name in event.get("tables", ())])
 
     def _finish(self, event: Event) -> None:
         spent = {name: event[name] for name in ("steps", "tokens", "seconds") if name in event}
@@ -148,8 +165,12 @@ class Replay:
         table = report.sample_table(self._journal())
         if table is not None:
             self._client.log_dict(self._run_id, table, "samples.json")
-            shown = [{"path": "samples.json", "type": "table"}]
-            self._client.set_tag(self._run_id, "mlflow.loggedArtifacts", json.dumps(shown))
+            self._show_tables(["samples.json"])
+
+    def _show_tables(self, paths: Sequence[str]) -> None:
+        """Let MLflow's UI show these artifacts as tables."""
+        shown = [{"path": path, "type": "table"} for path in paths]
+        self._client.set_tag(self._run_id, "mlflow.loggedArtifacts", json.dumps(shown))
 
     def _set_tags(self, tags: Mapping[str, Any]) -> None:
         items = [RunTag(values.key(k), values.text(value)) for k, value in tags.items()]

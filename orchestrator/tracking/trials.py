@@ -40,7 +40,8 @@ class TrialDeliveries:
             self._look()
 
     def _look(self) -> None:
-        """Take up the trials that are new, once the run they belong to is there."""
+        """Take up the trials that have news, once the run they belong to is there."""
+        self._let_go()
         parent = Cursor.peek(self._run_dir)
         if parent is None or parent.run_id is None:
             return
@@ -56,3 +57,10 @@ class TrialDeliveries:
             delivery = Delivery(job, folder, self._say, parent=parent.run_id)
             self._deliveries[folder] = delivery
             delivery.start()
+
+    def _let_go(self) -> None:
+        """End the deliveries of trials that are over: hundreds would each keep a thread."""
+        for folder, delivery in list(self._deliveries.items()):
+            if delivery.at_rest and not count_pending(folder, Cursor.peek(folder)):
+                del self._deliveries[folder]
+                delivery.close(_LOOK_SECONDS)

@@ -11,18 +11,29 @@ from orchestrator.tracking.secrets import redact
 _LONGEST_VALUE = 5000
 _LONGEST_KEY = 250
 _NOT_IN_KEYS = re.compile(r"[^\w\-. ]")
-_METRICS = {
-    "step": (
-        "loss",
-        "learning_rate",
-        "gradient_norm",
-        "tokens",
-        "target_tokens",
-        "tokens_per_second",
-        "seconds",
-        "memory_bytes",
-    ),
-    "evaluation": ("eval_loss", "perplexity"),
+# event: the metrics it holds, each with its field
+_METRICS: dict[str, dict[str, str]] = {
+    "step": {
+        name: name
+        for name in (
+            "loss",
+            "learning_rate",
+            "gradient_norm",
+            "tokens",
+            "target_tokens",
+            "tokens_per_second",
+            "seconds",
+            "memory_bytes",
+        )
+    },
+    "evaluation": {"eval_loss": "eval_loss", "perplexity": "perplexity"},
+    "best": {f"best.{name}": name for name in ("steps", "eval_loss", "train_loss")},
+    "trials": {
+        **{f"trials.{state}": state for state in ("finished", "stopped", "failed")},
+        "total_tokens": "tokens",
+    },
+    # Metrics, for tags are texts and sort as such.
+    "finish": {f"total_{name}": name for name in ("steps", "tokens", "seconds")},
 }
 
 
@@ -47,7 +58,7 @@ def readings(event: Mapping[str, Any]) -> list[Reading]:
         # A sampler has no step of its own that a restart would keep; seconds grow for ever.
         step, names = moment // 1000, [(f"system/{n}", n) for n in event if n != "time"]
     else:
-        step, names = event.get("step", 0), [(n, n) for n in _METRICS.get(event["event"], ())]
+        step, names = event.get("step", 0), list(_METRICS.get(event["event"], {}).items())
     return [
         Reading(name, float(event[field]), moment, step)
         for name, field in names
@@ -58,9 +69,9 @@ def readings(event: Mapping[str, Any]) -> list[Reading]:
 def broken(event: Mapping[str, Any]) -> dict[str, str]:
     """What no chart can show, as tags: `{"not_finite.loss": "nan at step 7"}`."""
     return {
-        f"not_finite.{name}": f"{event[name]} at step {event.get('step')}"
-        for name in _METRICS.get(event["event"], ())
-        if _is_number(event.get(name)) and not math.isfinite(event[name])
+        f"not_finite.{name}": f"{event[field]} at step {event.get('step')}"
+        for name, field in _METRICS.get(event["event"], {}).items()
+        if _is_number(event.get(field)) and not math.isfinite(event[field])
     }
 
 
