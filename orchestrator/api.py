@@ -152,7 +152,7 @@ def _registered(job: JobConfig, delivery: Delivery) -> str | None:
     """The version of the sweep's adapter, as soon as MLflow has registered it."""
     if job.tracking.registered_model is None:
         return None
-    return delivery.catch_up(_PENDING_SECONDS).model_version
+    return delivery.catch_up(_DELIVERY_SECONDS).model_version
 
 
 def _finished_sweep(run_dir: Path) -> dict[str, Any] | None:

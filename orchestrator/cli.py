@@ -74,14 +74,14 @@ def sweep(job: str, overrides: tuple[str, ...], as_json: bool) -> None:
 
         resolved = load_job(job, overrides)
         from orchestrator.api import sweep as run
-        from orchestrator.watch import watching
+        from orchestrator.watch import watching_sweep
 
         # Libraries print there too; stdout carries the JSON object and nothing else.
         with redirect_stdout(sys.stderr):
             results = run(
                 resolved,
                 say=lambda line: console.print(line, markup=False),
-                watch=lambda run_dir: watching(run_dir, console),
+                watch=lambda run_dir: watching_sweep(resolved, run_dir, console),
             )
     except OrchestratorError as error:
         _end(error.exit_status, str(error), as_json, job)

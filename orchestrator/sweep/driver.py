@@ -17,7 +17,7 @@ from orchestrator.sweep.launch import RunningEngine
 from orchestrator.sweep.outcome import best_trial, outcomes
 from orchestrator.sweep.trial import Context, engine_folder
 from orchestrator.sweep.tuner import make_tuner
-from orchestrator.tracking.observer import stop_path
+from orchestrator.tracking.observer import JournalObserver, stop_path
 from orchestrator.tracking.store import tracking_uri
 
 _WAIT_SECONDS = 0.5
@@ -73,12 +73,20 @@ def run(job: JobConfig, run_dir: Path, say: Callable[[str], None]) -> dict[str, 
             count = places.shared(
                 job, plan.gpus > 0, plan_job(job, calibrate=False).concurrent_trials
             )
+            _tell_places(run_dir, count)
             sweep = _Sweep(job, run_dir, here, plan, count, say)
             say(f"{sweep.places} trials at a time share one base on {plan.least} worker(s)")
             return _shared(sweep)
         plan, count = places.isolated(job, here)
+        _tell_places(run_dir, count)
         say(f"{count} trials at a time, each over a base of its own on {plan.least} worker(s)")
         return _isolated(_Sweep(job, run_dir, here, plan, count, say))
+
+
+def _tell_places(run_dir: Path, count: int) -> None:
+    """Before any engine writes the sweep's journal."""
+    with JournalObserver(run_dir) as observer:
+        observer.emit("places", places=count)
 
 
 def _shared(sweep: _Sweep) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from orchestrator.sweep.finish import conclude, settle
 from orchestrator.tracking.delivery import Delivery, deliver_pending
 from orchestrator.tracking.observer import JournalObserver
 from orchestrator.tracking.trials import TrialDeliveries
-from tests.integration.conftest import wait_until
+from tests.integration.conftest import SECONDS, wait_until
 from tests.unit.sweeps import Trained, sweep_job, write_trials
 
 TRIALS = [
@@ -41,8 +41,8 @@ def _deliver(job: JobConfig, end: Callable[[Delivery], str]) -> MlflowClient:
     status = end(delivery)
     with JournalObserver(job.run_dir) as observer:
         observer.emit("finish", status=status, error=None, seconds=9.5)
-    assert delivery.close(60).pending == 0
-    trials.close(60)
+    assert delivery.close(SECONDS).pending == 0
+    trials.close(SECONDS)
     assert said == []
     return MlflowClient(f"sqlite:///{job.output_dir}/mlflow.db")
 
@@ -50,7 +50,9 @@ def _deliver(job: JobConfig, end: Callable[[Delivery], str]) -> MlflowClient:
 def _finish(job: JobConfig) -> Callable[[Delivery], str]:
     def end(delivery: Delivery) -> str:
         with JournalObserver(job.run_dir) as observer:
-            conclude(job, job.run_dir, {}, observer, lambda: delivery.catch_up(60).model_version)
+            conclude(
+                job, job.run_dir, {}, observer, lambda: delivery.catch_up(SECONDS).model_version
+            )
         return "finished"
 
     return end
@@ -155,7 +157,7 @@ def test_an_interrupted_sweeps_trials_are_killed_and_run_again(tmp_path: Path) -
         observer.emit("start", resumed_from=2, total_steps=6)
     trials = TrialDeliveries(job, job.run_dir, print)
     trials.start()
-    trials.close(60)
+    trials.close(SECONDS)
     _, nested = _runs(client)
     assert nested["abc_00004"].info.status == "RUNNING"
     assert nested["abc_00004"].data.tags["state"] == "running"
