@@ -40,9 +40,11 @@ def redact(text: str) -> str:
 
 def _environment_secrets() -> list[str]:
     """Longest first, so that no secret hides a part of another."""
+    # Another thread may take a variable away meanwhile: MLflow's import does.
+    pairs = [(name, os.environ.get(name, "")) for name in os.environ]
     values = {
         value
-        for name, value in os.environ.items()
+        for name, value in pairs
         if len(value) >= _SHORTEST and _SECRET_NAME.search(name) and not _is_file(value)
     }
     return sorted(values, key=len, reverse=True)

@@ -88,6 +88,20 @@ def test_secrets_do_not_reach_the_journal(tmp_path: Path) -> None:
     assert "hunter22" not in text and "hf_ABC" not in text
 
 
+def test_a_variable_that_goes_away_meanwhile_disturbs_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Vanishing(dict):
+        def __getitem__(self, name: str) -> str:
+            raise KeyError(name)
+
+        def get(self, name: str, default: str) -> str:
+            return default
+
+    monkeypatch.setattr("orchestrator.tracking.secrets.os.environ", Vanishing(MY_TOKEN="x" * 9))
+    assert redact("step 3") == "step 3"
+
+
 def test_what_is_no_secret_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     monkeypatch.setenv("MAX_TOKENS", "4096")
