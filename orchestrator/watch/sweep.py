@@ -51,7 +51,7 @@ class SweepWatch:
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
         self._live: Live | None = None
-        self._began = clock()
+        self._began, self._trained_from = clock(), math.inf
         # What earlier commands left is known, but neither told nor counted as this one's work.
         for trial in self._look():
             for _ in trial.news():
@@ -160,6 +160,8 @@ class SweepWatch:
     def _tell(self, trial: TrialState, event: dict[str, Any]) -> None:
         """A line of what happened; on a terminal the table shows it, but for what went wrong."""
         kind, name = event["event"], trial.name
+        if kind == "start":
+            self._trained_from = min(self._trained_from, self._clock())
         if kind == "warning":
             self._print(f"trial {name}: {event['message']}")
         elif kind == "finish" and event["status"] == "failed":
@@ -223,14 +225,15 @@ class SweepWatch:
         return sum(trial.done for trial in self._in_order())
 
     def _seconds_left(self, spent: float) -> float | None:
-        """From the trials done in the time of this command; never beyond the time budget."""
+        """From what was done since the first trial began; never beyond the time budget."""
         assert self._job.sweep is not None
         work = self._work() - self._before
         budget = self._job.sweep.time_budget
         left = None if budget is None else max(0.0, budget - spent)
         if work <= 0:
             return left
-        estimate = max(0.0, self._total - self._work()) * spent / work
+        took = self._clock() - self._trained_from
+        estimate = max(0.0, self._total - self._work()) * took / work
         return estimate if left is None else min(estimate, left)
 
 
