@@ -2,7 +2,7 @@
 
 An `AdapterSet` wraps the base's target layers once. Any number of adapters then join and leave;
 each owns one flat float32 master vector (what the optimizer sees), one flat float32 gradient and
-one working copy in the compute dtype, of which the layers' A and B matrices are views.
+one working copy in the products' dtype, of which the layers' A and B matrices are views.
 """
 
 import math
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from orchestrator.config import LoraConfig
 from orchestrator.errors import ModelError
+from orchestrator.model.fuse import fuse
 from orchestrator.model.lora import LoraLinear, Placement, Slot
 
 
@@ -61,10 +62,10 @@ class Adapter:
             self._shapes[name] = shape
             offset += shape.size
         example = next(iter(layers.values()))
-        device, dtype = example.device, example.compute_dtype
+        device, dtype = example.device, example.product_dtype
         self.master = nn.Parameter(torch.zeros(offset, dtype=torch.float32, device=device))
         self.gradient = torch.zeros_like(self.master, requires_grad=False)
-        # With a float32 base the master itself is what the layers use.
+        # Where the products are float32 the master itself is what the layers use.
         same = dtype == torch.float32
         self.working = self.master.detach() if same else torch.zeros_like(self.master, dtype=dtype)
         self._initialize()
@@ -127,6 +128,7 @@ class AdapterSet:
         self._layers: dict[str, LoraLinear] = {}
         self._candidates = linear_layers(model)
         self.placement = Placement()
+        fuse(model, self._wrap)
 
     def add(self, config: LoraConfig, seed: int) -> Adapter:
         """Join an adapter; its layers are wrapped where no earlier adapter has done so.

@@ -174,9 +174,13 @@ def _bounds(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     return ends.to(device)
 
 
+def future(device: torch.device, length: int) -> Tensor:
+    """(length, length) float32: -inf above the diagonal, 0 elsewhere."""
+    return _future(device)[:length, :length]
+
+
 @lru_cache(maxsize=2)
 def _future(device: torch.device) -> Tensor:
-    """(DENSE_LIMIT, DENSE_LIMIT) float32: -inf above the diagonal, 0 elsewhere."""
     full = torch.full((DENSE_LIMIT, DENSE_LIMIT), float("-inf"), device=device)
     return full.triu(1)
 
@@ -201,7 +205,7 @@ class _DenseSegments(torch.autograd.Function):
             q = query[:, part].reshape(groups, -1, query.shape[-1])
             k, v = key[:, part], value[:, part]
             scores = torch.bmm(q, k.transpose(1, 2)).view(heads, length, length).float()
-            scores.mul_(scale).add_(_future(query.device)[:length, :length])
+            scores.mul_(scale).add_(future(query.device, length))
             weights = torch.softmax(scores, -1).to(query.dtype).view(groups, -1, length)
             output[part] = torch.bmm(weights, v).view(heads, length, -1).transpose(0, 1)
             kept.append(weights)

@@ -2,16 +2,18 @@
 
 The base's product runs once over the whole row; each tenant's low-rank product runs over its own
 contiguous span of tokens. Adapter gradients are added straight to the tenant's float32 gradient,
-so that autograd carries nothing but activations.
+so that autograd carries nothing but activations. Layers that take the same input are passed
+together: their A matrices are one product.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import bitsandbytes.functional as bnb
 import torch
-from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
+
+from orchestrator.model.products import dense_weight, product_dtype
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,68 @@ class Placement:
     anchor: Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
 
 
+@dataclass(frozen=True)
+class Part:
+    """What one adapter does to some of the layers that share an input.
+
+    members: (place of the layer, its slot), with one scaling. dropout_keys: as in `Placement`.
+    """
+
+    members: tuple[tuple[int, Slot], ...]
+    start: int
+    stop: int
+    dropout_keys: tuple[tuple[int, int, int], ...]
+
+    @property
+    def tokens(self) -> slice:
+        """The part's tokens of the row."""
+        return slice(self.start, self.stop)
+
+    @property
+    def scaling(self) -> float:
+        """Factor on the low-rank product."""
+        return self.members[0][1].scaling
+
+    @property
+    def ranks(self) -> list[int]:
+        """Rank in each member."""
+        return [slot.a.shape[0] for _, slot in self.members]
+
+    def stacked_a(self) -> Tensor:
+        """(ranks, inputs): the members' A one below the other."""
+        matrices = [slot.a for _, slot in self.members]
+        return matrices[0] if len(matrices) == 1 else torch.cat(matrices)
+
+    def dropout_mask(self, rows: Tensor) -> Tensor | None:
+        """(tokens, inputs) of 0 or 1/(1-p) for the part's tokens; None where nothing is dropped.
+
+        A segment's mask hangs on the adapter's seed, the layer and the segment's key alone, so
+        that it is the same in whatever row and on whatever worker the segment is passed.
+        """
+        slot = self.members[0][1]
+        if not slot.dropout or not self.dropout_keys:
+            return None
+        mask = torch.empty_like(rows[self.tokens])
+        keep = 1 - slot.dropout
+        generator = torch.Generator(device=rows.device)
+        for first, last, key in self.dropout_keys:
+            if self.start <= first < self.stop:
+                generator.manual_seed((slot.seed ^ (key * 0x9E3779B97F4A7C15)) & (2**63 - 1))
+                mask[first - self.start : last - self.start].bernoulli_(keep, generator=generator)
+        return mask.div_(keep)
+
+
 class LoraLinear(nn.Module):
-    """Wraps a `Linear4bit`, `Linear` or GPT-2 `Conv1D` of the base."""
+    """Wraps a `Linear4bit`, `Linear` or GPT-2 `Conv1D` of the base.
+
+    Attributes:
+        compute_dtype: of its input and output. product_dtype: in which it multiplies.
+    """
 
     in_features: int
     out_features: int
     compute_dtype: torch.dtype
+    product_dtype: torch.dtype
     device: torch.device
 
     def __init__(self, base: nn.Module, placement: Placement) -> None:
@@ -65,106 +123,144 @@ class LoraLinear(nn.Module):
         self.out_features, self.in_features = shape[::-1] if transposed else shape
         self.compute_dtype = state.dtype if state is not None else weight.dtype
         self.device = weight.device
+        self.product_dtype = product_dtype(self.compute_dtype, self.device)
 
     def weight(self) -> Tensor:
-        """The base's weight (out, in) in the compute dtype, dequantized on each call."""
-        return dense_weight(self.base)
+        """The base's weight (out, in) in the products' dtype, dequantized on each call."""
+        return dense_weight(self.base, self.product_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply base and adapters to x of shape (..., inputs)."""
         rows = x.reshape(-1, x.shape[-1])
-        spans = [
-            (self.slots[owner], start, rows.shape[0] if stop < 0 else stop)
-            for owner, start, stop in self.placement.spans
-            if owner in self.slots
-        ]
         if torch.is_grad_enabled():
             function: Any = _LoraProduct.apply
-            out = function(self.placement.anchor, rows, self, spans)
+            out = function(self.placement.anchor, rows, self)
         else:
-            out, _ = _product(rows, self, spans)
+            wide = rows.to(self.product_dtype)
+            (out,), _ = project((self,), wide, parts((self,), len(rows)))
+            out = out.to(rows.dtype)
         return out.view(*x.shape[:-1], self.out_features)
 
 
-def dense_weight(layer: nn.Module) -> Tensor:
-    """A linear layer's weight as (out, in), dequantized where it is stored in 4 bit."""
-    weight: Any = layer.weight
-    if isinstance(layer, Linear4bit):
-        return bnb.dequantize_4bit(weight.data, weight.quant_state)
-    return weight.t() if type(layer).__name__ == "Conv1D" else weight
+def parts(layers: Sequence[LoraLinear], tokens: int) -> list[Part]:
+    """The adapters' parts in layers that share an input of `tokens` tokens."""
+    placement = layers[0].placement
+    found = []
+    for owner, start, end in placement.spans:
+        stop = tokens if end < 0 else end
+        members = [(n, la.slots[owner]) for n, la in enumerate(layers) if owner in la.slots]
+        # With dropout every layer has an input of its own.
+        alone = bool(placement.dropout_keys) and any(slot.dropout for _, slot in members)
+        groups = [(member,) for member in members] if alone else [tuple(members)]
+        found += [Part(group, start, stop, placement.dropout_keys) for group in groups if group]
+    return found
 
 
-def _product(
-    rows: Tensor, layer: LoraLinear, spans: list[tuple[Slot, int, int]]
-) -> tuple[Tensor, list[Tensor]]:
-    """The layer's output (tokens, out), and each span's scaled low-rank input (span, rank)."""
-    weight = layer.weight()
-    bias: Any = layer.base.bias
-    out = rows @ weight.t() if bias is None else torch.addmm(bias.to(rows.dtype), rows, weight.t())
-    lows = []
-    for slot, start, stop in spans:
-        inputs = rows[start:stop]
-        masks = _dropout_mask(slot, inputs, start, layer.placement)
-        low = (inputs if masks is None else inputs * masks) @ slot.a.t()
-        low *= slot.scaling
-        out[start:stop].addmm_(low, slot.b)
-        lows.append(low)
-    return out, lows
+def project(
+    layers: Sequence[LoraLinear], rows: Tensor, found: Sequence[Part]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Each layer's output (tokens, out), and each part's low-rank input (span, ranks).
 
-
-def _dropout_mask(slot: Slot, inputs: Tensor, start: int, placement: Placement) -> Tensor | None:
-    """(span, inputs) of 0 or 1/(1-p), or None where nothing is dropped.
-
-    A segment's mask hangs on the adapter's seed, the layer and the segment's key alone, so that
-    it is the same in whatever row and on whatever worker the segment is passed.
+    Rows and results are in the products' dtype.
     """
-    if not slot.dropout or not placement.dropout_keys:
-        return None
-    mask = torch.empty_like(inputs)
-    keep = 1 - slot.dropout
-    generator = torch.Generator(device=inputs.device)
-    for first, last, key in placement.dropout_keys:
-        if start <= first < start + inputs.shape[0]:
-            generator.manual_seed((slot.seed ^ (key * 0x9E3779B97F4A7C15)) & (2**63 - 1))
-            mask[first - start : last - start].bernoulli_(keep, generator=generator)
-    return mask.div_(keep)
+    outs = [_frozen_product(layer, rows) for layer in layers]
+    lows = []
+    for part in found:
+        mask = part.dropout_mask(rows)
+        inputs = rows[part.tokens] if mask is None else rows[part.tokens] * mask
+        low = inputs @ part.stacked_a().t()
+        for (place, slot), own in zip(part.members, low.split(part.ranks, 1), strict=True):
+            outs[place][part.tokens].addmm_(own, slot.b, alpha=part.scaling)
+        lows.append(low)
+    return outs, lows
+
+
+def back_project(
+    layers: Sequence[LoraLinear],
+    rows: Tensor | None,
+    found: Sequence[Part],
+    lows: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    needs_input: bool = True,
+) -> Tensor | None:
+    """The gradient of `rows`; the adapters' is added to their own.
+
+    Args:
+        layers: as `project` had them.
+        rows: as `project` had them; None where no adapter has a part in these layers.
+        found: as `project` had them.
+        lows: what it gave.
+        grads: gradient of each of its outputs, in the products' dtype.
+        needs_input: whether the gradient of `rows` is wanted.
+    """
+    grad_rows = None
+    if needs_input:
+        grad_rows = grads[0] @ layers[0].weight()
+        for layer, grad in zip(layers[1:], grads[1:], strict=True):
+            grad_rows.addmm_(grad, layer.weight())
+    if rows is None:
+        return grad_rows
+    for part, low in zip(found, lows, strict=True):
+        grad_low = torch.empty_like(low)
+        pieces = zip(low.split(part.ranks, 1), grad_low.split(part.ranks, 1), strict=True)
+        for (place, slot), (own, own_grad) in zip(part.members, pieces, strict=True):
+            grad = grads[place][part.tokens]
+            _accumulate(slot.grad_b, own.t(), grad, part.scaling)
+            torch.mm(grad, slot.b.t(), out=own_grad)
+        _back_low(part, rows, grad_low, grad_rows)
+    return grad_rows
+
+
+def _back_low(part: Part, rows: Tensor, grad_low: Tensor, grad_rows: Tensor | None) -> None:
+    mask = part.dropout_mask(rows)
+    inputs = rows[part.tokens] if mask is None else rows[part.tokens] * mask
+    if len(part.members) == 1:
+        _accumulate(part.members[0][1].grad_a, grad_low.t(), inputs, part.scaling)
+    else:
+        grad_a = grad_low.t() @ inputs
+        for (_, slot), own in zip(part.members, grad_a.split(part.ranks), strict=True):
+            slot.grad_a.add_(own, alpha=part.scaling)
+    if grad_rows is None:
+        return
+    if mask is None:
+        grad_rows[part.tokens].addmm_(grad_low, part.stacked_a(), alpha=part.scaling)
+    else:
+        grad = grad_low @ part.stacked_a()
+        grad_rows[part.tokens].add_(grad.mul_(mask), alpha=part.scaling)
+
+
+def _accumulate(total: Tensor, left: Tensor, right: Tensor, scaling: float) -> None:
+    """Add scaling * left @ right to a float32 matrix."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right, alpha=scaling)
+    else:
+        total.add_(left @ right, alpha=scaling)
+
+
+def _frozen_product(layer: LoraLinear, rows: Tensor) -> Tensor:
+    weight, bias = layer.weight(), getattr(layer.base, "bias", None)
+    if bias is None:
+        return rows @ weight.t()
+    return torch.addmm(bias.to(rows.dtype), rows, weight.t())
 
 
 class _LoraProduct(torch.autograd.Function):
     """Forward and backward of `LoraLinear`; each dequantizes the base's weight, none keeps it."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        anchor: Tensor,
-        rows: Tensor,
-        layer: LoraLinear,
-        spans: list[tuple[Slot, int, int]],
-    ) -> Tensor:
-        out, lows = _product(rows, layer, spans)
+    def forward(ctx: Any, anchor: Tensor, rows: Tensor, layer: LoraLinear) -> Tensor:
+        ctx.parts = parts((layer,), len(rows))
+        (out,), lows = project((layer,), rows.to(layer.product_dtype), ctx.parts)
         # The input is kept for the gradient of A only.
-        ctx.save_for_backward(rows if spans else None, *lows)
-        ctx.layer, ctx.spans = layer, spans
-        ctx.dropout_keys = layer.placement.dropout_keys
-        return out
+        ctx.save_for_backward(rows if lows else None, *lows)
+        ctx.layer = layer
+        return out.to(rows.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, *lows = ctx.saved_tensors
         layer: LoraLinear = ctx.layer
-        inputs_need_it = ctx.needs_input_grad[1]
-        grad_rows = grad @ layer.weight() if inputs_need_it else None
-        for (slot, start, stop), low in zip(ctx.spans, lows, strict=True):
-            part, inputs = grad[start:stop], rows[start:stop]
-            slot.grad_b.add_(low.t() @ part)
-            grad_low = part @ slot.b.t()
-            grad_low *= slot.scaling
-            keys = Placement(dropout_keys=ctx.dropout_keys, anchor=layer.placement.anchor)
-            mask = _dropout_mask(slot, inputs, start, keys)
-            slot.grad_a.add_(grad_low.t() @ (inputs if mask is None else inputs * mask))
-            if grad_rows is not None:
-                if mask is None:
-                    grad_rows[start:stop].addmm_(grad_low, slot.a)
-                else:
-                    grad_rows[start:stop].add_((grad_low @ slot.a).mul_(mask))
-        return None, grad_rows, None, None
+        wide = None if rows is None else rows.to(layer.product_dtype)
+        grads = [grad.to(layer.product_dtype)]
+        grad_rows = back_project((layer,), wide, ctx.parts, lows, grads, ctx.needs_input_grad[1])
+        return None, None if grad_rows is None else grad_rows.to(grad.dtype), None

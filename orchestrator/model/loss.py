@@ -4,14 +4,19 @@ The output head is frozen, so the gradient of the hidden states is computed in t
 chunk by chunk, and the logits of a whole row never exist.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from orchestrator.model.products import product_dtype
+
 # Bytes of float32 logits that may exist at a time.
 LOGITS_BYTES = 64 * 2**20
+# Bytes of the head's weight that exist a second time where products run in another dtype.
+SLICE_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -31,9 +36,28 @@ class Head:
         """Tokens whose logits are computed together."""
         return max(16, LOGITS_BYTES // (4 * self.weight.shape[0]))
 
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """The dtype in which the head multiplies."""
+        return product_dtype(self.weight.dtype, self.weight.device)
+
+    def slices(self) -> Iterator[tuple[slice, Tensor]]:
+        """The weight in the products' dtype; some rows at a time where it is kept in another."""
+        if self.product_dtype == self.weight.dtype:
+            yield slice(None), self.weight
+            return
+        vocabulary, hidden = self.weight.shape
+        size = max(1, SLICE_BYTES // (hidden * self.product_dtype.itemsize))
+        for start in range(0, vocabulary, size):
+            part = slice(start, start + size)
+            yield part, self.weight[part].to(self.product_dtype)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 (tokens, vocabulary) for hidden states of (tokens, hidden)."""
-        logits = hidden @ self.weight.t()
+        wide = hidden.to(self.product_dtype)
+        logits = wide.new_empty(len(hidden), self.weight.shape[0])
+        for part, weight in self.slices():
+            torch.mm(wide, weight.t(), out=logits[:, part])
         if self.bias is not None:
             logits += self.bias
         scores = logits.float()
@@ -42,6 +66,14 @@ class Head:
         if self.softcap is not None:
             scores = self.softcap * torch.tanh(scores / self.softcap)
         return scores
+
+    def gradient(self, grad: Tensor) -> Tensor:
+        """Float32 (tokens, hidden) for the gradient of the products, (tokens, vocabulary)."""
+        wide = grad.to(self.product_dtype)
+        total = wide.new_zeros(len(grad), self.weight.shape[1])
+        for part, weight in self.slices():
+            total.addmm_(wide[:, part], weight)
+        return total.float()
 
 
 def token_losses(
@@ -95,15 +127,10 @@ def _chunk(
     chosen = scores.gather(1, index).squeeze(1)
     if weights is None:
         return torch.logsumexp(scores, 1) - chosen, None
-    # The largest probability is never tiny, so the normalizer is exact where it is read.
-    best = scores.argmax(1, keepdim=True)
-    best_score = scores.gather(1, best).squeeze(1)
     probabilities = torch.softmax(scores, 1)
-    normalizer = best_score - probabilities.gather(1, best).squeeze(1).log()
+    # The largest probability is never tiny, so the normalizer is exact where it is read.
+    normalizer = scores.amax(1) - probabilities.amax(1).log()
     grad = probabilities.scatter_add_(1, index, torch.full_like(chosen, -1)[:, None])
-    grad.mul_(weights[:, None])
     if head.softcap is not None:
         grad.mul_(1 - (scores / head.softcap).square())
-    if head.scale != 1.0:
-        grad.mul_(head.scale)
-    return normalizer - chosen, grad.to(hidden.dtype) @ head.weight
+    return normalizer - chosen, head.gradient(grad) * (head.scale * weights[:, None])

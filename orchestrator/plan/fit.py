@@ -19,6 +19,7 @@ from orchestrator.plan.parts import (
 from orchestrator.plan.passes import Pass, PassBytes, pass_bytes
 from orchestrator.plan.shapes import Shape
 from orchestrator.plan.standins import DENSE_LIMIT
+from orchestrator.processor import product_dtype
 
 # Tokens of a pass, on CUDA or not, from which on longer ones are no faster and take more memory.
 MOST_TOKENS = {True: 16384, False: 1024}
@@ -50,6 +51,11 @@ class Settled:
     def dtype(self) -> str:
         """The compute dtype."""
         return compute_dtype(self.need.job, self.need.machine)
+
+    @property
+    def products(self) -> str:
+        """The dtype of the matrix products, and of the adapters' working copies."""
+        return product_dtype(self.dtype, self.need.machine.cuda)
 
     @cached_property
     def base(self) -> BaseBytes:
@@ -93,7 +99,7 @@ class Settled:
         peak, logits = self.passed.peak, self.passed.logits if self.passed.in_loss else 0
         static = {
             "base": self.base.total,
-            "adapters": trials * adapter_bytes(parameters, self.dtype),
+            "adapters": trials * adapter_bytes(parameters, self.products),
             "gradients": trials * 4 * parameters,
             "optimizer": trials
             * optimizer_bytes(parameters, need.job.training.optimizer, need.machine),
@@ -128,6 +134,7 @@ class Settled:
                 double_quant=job.quantization.double_quant,
                 dtype=self.dtype,
                 cuda=need.machine.cuda,
+                products=self.products,
                 standing=() if need.machine.cuda else (4 * self.adapter_parameters,) * 2 * trials,
             )
             for row in rows

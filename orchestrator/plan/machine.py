@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from orchestrator.processor import has_bfloat16
+
 # A process's CUDA context with its loaded kernels (torch, cuBLAS, bitsandbytes) and cuBLAS's
 # workspace. An assumption: not measured on a GPU yet.
 CUDA_CONTEXT = 2**29
@@ -52,11 +54,8 @@ def _this_cpu(count: int) -> Machine:
     # What a run imports too belongs to what a process of ours holds.
     import bitsandbytes  # noqa: F401
     import psutil
-    import torch
     import transformers.quantizers.auto  # noqa: F401
 
     resident = psutil.Process().memory_info().rss
-    capabilities = torch.cpu.get_capabilities()
-    fast = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
     free = psutil.virtual_memory().available
-    return Machine(False, free + resident, resident + CPU_RUNTIME, count, fast, True)
+    return Machine(False, free + resident, resident + CPU_RUNTIME, count, has_bfloat16(), True)

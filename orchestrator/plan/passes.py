@@ -15,7 +15,8 @@ class Pass:
     """A pass to be planned.
 
     lengths: tokens of the row's segments. targets: names of the layers with an adapter.
-    standing: bytes of each block of the optimizer's state, which a CPU's heap holds too.
+    products: dtype of the matrix products. standing: bytes of each block of the optimizer's state,
+    which a CPU's heap holds too.
     """
 
     lengths: tuple[int, ...]
@@ -28,6 +29,7 @@ class Pass:
     double_quant: bool
     dtype: str
     cuda: bool
+    products: str
     standing: tuple[int, ...] = ()
 
 
@@ -106,16 +108,22 @@ def _run(shape: Shape, planned: Pass, depth: int) -> PassBytes:
         with ledger.note("loss"):
             head = model.get_output_embeddings().weight
             softcap = getattr(text, "final_logit_softcapping", None)
-            loss = planned_loss(picked, head, softcap, _logit_scale(text))
+            loss = planned_loss(picked, head, softcap, _logit_scale(text), _products(planned))
         at_loss = ledger.peak
         loss.backward()
     in_loss = ledger.peak_note == "loss"
     holes = 0
     if not planned.cuda:
         # Only bfloat16 products go through oneDNN here; float32's have no code of their own.
-        codes = set(ledger.products.values()) if planned.dtype == "bfloat16" else set()
+        codes = set(ledger.products.values()) if planned.products == "bfloat16" else set()
         holes = max(0, heap_bytes(ledger.events, codes, planned.standing) - ledger.peak)
     return PassBytes(ledger.peak, kept, max(0, at_loss - kept), in_loss, holes)
+
+
+def _products(planned: Pass) -> Any:
+    import torch
+
+    return getattr(torch, planned.products)
 
 
 def _logit_scale(config: Any) -> float:
@@ -148,12 +156,18 @@ def _prepared(shape: Shape, planned: Pass, depth: int) -> Any:
     """The model with `depth` layers and our stand-ins in it."""
     from torch import nn
 
+    from orchestrator.plan.fused import fuse
     from orchestrator.plan.standins import PlannedLinear, Setting
 
     config = _cut(shape.config, shape.layers, depth)
     model = build(config, planned.dtype, shape.trust_remote_code)
     setting = Setting(
-        planned.rank, planned.tenants, planned.dropout, planned.double_quant, planned.cuda
+        planned.rank,
+        planned.tenants,
+        planned.dropout,
+        planned.double_quant,
+        planned.cuda,
+        _products(planned),
     )
     for layer in shape.linears:
         parent, _, leaf = layer.name.rpartition(".")
@@ -163,11 +177,14 @@ def _prepared(shape: Shape, planned: Pass, depth: int) -> Any:
         except AttributeError:
             continue  # of a layer that was cut off
         adapted, quantized = layer.name in planned.targets, planned.quantized and layer.quantized
-        if adapted or quantized:
+        # On a CPU layers without an adapter too may be part of a fused module.
+        if adapted or quantized or not planned.cuda:
             setattr(holder, leaf, PlannedLinear(module, quantized, adapted, setting))
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+    if not planned.cuda:
+        fuse(model)
     if planned.checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     return model

@@ -5,7 +5,7 @@ attention of packed rows (attention.py), cross entropy in chunks (loss.py). Each
 keeps and drops the same tensors in the same order; a test compares them with the real step.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -17,6 +17,7 @@ ATTENTION = "orchestrator_planned"
 # As in model/attention.py and model/loss.py.
 DENSE_LIMIT = 512
 LOGITS_BYTES = 64 * 2**20
+SLICE_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Setting:
 
     rank, tenants, dropout: of the adapters; each tenant has an equal span of the row.
     double_quant: the quantization constants are dequantized before the weight.
-    cuda: whether kernels of CUDA run instead of the CPU's.
+    cuda: whether kernels of CUDA run instead of the CPU's. products: dtype of the products.
     """
 
     rank: int
@@ -33,6 +34,7 @@ class Setting:
     dropout: float
     double_quant: bool
     cuda: bool
+    products: torch.dtype
 
 
 def register() -> None:
@@ -60,23 +62,17 @@ class PlannedLinear(nn.Module):
     def weight_now(self) -> Tensor:
         """The weight (out, in), dequantized as bitsandbytes does it."""
         if self.dense is not None:
-            return self.dense
+            return self.dense.to(self.setting.products)
         count = self.out_features * self.in_features
         if self.setting.double_quant:
             # The float32 constants, one for 64 weights, live while the weight is written.
             constants = torch.empty(-(-count // 64), dtype=torch.float32, device="meta")
-        weight = torch.empty(self.out_features, self.in_features, dtype=self.dtype, device="meta")
+        weight = torch.empty(
+            self.out_features, self.in_features, dtype=self.setting.products, device="meta"
+        )
         if self.setting.double_quant:
             del constants
         return weight
-
-    def spans(self, tokens: int) -> list[tuple[int, int]]:
-        """Each tenant's (start, stop) in a row."""
-        if not self.adapted:
-            return []
-        tenants = self.setting.tenants
-        bounds = [tokens * place // tenants for place in range(tenants + 1)]
-        return list(pairwise(bounds))
 
     def forward(self, x: Tensor) -> Tensor:
         """The product with its low-rank parts."""
@@ -85,40 +81,91 @@ class PlannedLinear(nn.Module):
         return function(self.anchor, rows, self).view(*x.shape[:-1], self.out_features)
 
 
+def project(layers: Sequence[PlannedLinear], rows: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """As `model.lora.project`: outputs, and each part's low-rank input."""
+    outs = []
+    for layer in layers:
+        weight, bias = layer.weight_now(), layer.bias
+        plain = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
+        outs.append(plain)
+        del weight
+    lows = []
+    for members, start, stop in _parts(layers, len(rows)):
+        inputs = rows[start:stop]
+        if layers[0].setting.dropout:
+            inputs = inputs * torch.empty_like(inputs)
+        a = _stacked(layers, members)
+        lows.append(inputs.new_empty(stop - start, members * layers[0].setting.rank))
+        del a
+    return outs, lows
+
+
+def back_project(
+    layers: Sequence[PlannedLinear],
+    rows: Tensor | None,
+    lows: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    needs_input: bool = True,
+) -> Tensor | None:
+    """As `model.lora.back_project`."""
+    rank, dropout = layers[0].setting.rank, layers[0].setting.dropout
+    grad_rows = None
+    if needs_input:
+        grad_rows = grads[0] @ layers[0].weight_now()
+        for layer, grad in zip(layers[1:], grads[1:], strict=True):
+            grad_rows.addmm_(grad, layer.weight_now())
+    if rows is None:
+        return grad_rows
+    wide = rows.dtype == torch.float32
+    for (members, start, stop), low in zip(_parts(layers, len(rows)), lows, strict=True):
+        inputs, grad_low = rows[start:stop], torch.empty_like(low)
+        if not wide:
+            grad_b = low.new_empty(rank, layers[-1].out_features)
+            del grad_b
+        mask = torch.empty_like(inputs) if dropout else None
+        masked = inputs if mask is None else inputs * mask
+        if members > 1 or not wide:
+            grad_a = grad_low.t() @ masked
+            del grad_a
+        a = _stacked(layers, members)
+        if grad_rows is not None and mask is not None:
+            grad_rows[start:stop].add_(inputs.new_empty(inputs.shape).mul_(mask))
+        del masked, a
+    return grad_rows
+
+
+def _parts(layers: Sequence[PlannedLinear], tokens: int) -> list[tuple[int, int, int]]:
+    """(layers that are passed together, start, stop) of each tenant in a row."""
+    adapted, setting = sum(layer.adapted for layer in layers), layers[0].setting
+    bounds = [tokens * place // setting.tenants for place in range(setting.tenants + 1)]
+    groups = [1] * adapted if setting.dropout else [adapted] * (adapted > 0)
+    return [(members, *span) for span in pairwise(bounds) for members in groups]
+
+
+def _stacked(layers: Sequence[PlannedLinear], members: int) -> Tensor | None:
+    """The copy in which the A matrices of several layers are one."""
+    setting = layers[0].setting
+    size = (members * setting.rank, layers[0].in_features)
+    return torch.empty(size, dtype=setting.products, device="meta") if members > 1 else None
+
+
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, rows: Tensor, layer: PlannedLinear) -> Tensor:
-        weight, rank = layer.weight_now(), layer.setting.rank
-        out = rows @ weight.t() if layer.bias is None else torch.addmm(layer.bias, rows, weight.t())
-        lows = []
-        for start, stop in layer.spans(len(rows)):
-            inputs = rows[start:stop]
-            if layer.setting.dropout:
-                inputs = inputs * torch.empty_like(inputs)
-            low = inputs.new_empty(stop - start, rank)
-            lows.append(low)
+        (out,), lows = project((layer,), rows.to(layer.setting.products))
         ctx.save_for_backward(rows if lows else None, *lows)
-        ctx.layer, ctx.tokens = layer, len(rows)
-        return out
+        ctx.layer = layer
+        return out.to(rows.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, *_ = ctx.saved_tensors
+        rows, *lows = ctx.saved_tensors
         layer: PlannedLinear = ctx.layer
-        rank, dropout = layer.setting.rank, layer.setting.dropout
-        grad_rows = grad @ layer.weight_now() if ctx.needs_input_grad[1] else None
-        for start, stop in layer.spans(ctx.tokens):
-            inputs = rows[start:stop]
-            grad_b = grad.new_empty(rank, layer.out_features)
-            del grad_b
-            grad_low = grad.new_empty(stop - start, rank)
-            mask = torch.empty_like(inputs) if dropout else None
-            masked = inputs if mask is None else inputs * mask
-            grad_a = grad_low.t() @ masked
-            del masked, grad_a
-            if grad_rows is not None and mask is not None:
-                grad_rows[start:stop].add_(inputs.new_empty(inputs.shape).mul_(mask))
-        return None, grad_rows, None
+        products = layer.setting.products
+        wide = None if rows is None else rows.to(products)
+        grads = [grad.to(products)]
+        grad_rows = back_project((layer,), wide, lows, grads, ctx.needs_input_grad[1])
+        return None, None if grad_rows is None else grad_rows.to(grad.dtype), None
 
 
 def planned_attention(
@@ -258,40 +305,65 @@ class _DenseSegments(torch.autograd.Function):
         return (*grads, None)
 
 
-def planned_loss(hidden: Tensor, weight: Tensor, softcap: float | None, scale: float) -> Tensor:
+def planned_loss(
+    hidden: Tensor, weight: Tensor, softcap: float | None, scale: float, products: torch.dtype
+) -> Tensor:
     """As `token_losses` with a target at every token: the scalar that is differentiated."""
     function: Any = _ChunkedCrossEntropy.apply
-    return function(hidden, weight, softcap, scale)
+    return function(hidden, weight, softcap, scale, products)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, softcap: float | None, scale: float
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        softcap: float | None,
+        scale: float,
+        products: torch.dtype,
     ) -> Tensor:
         grad = torch.empty_like(hidden)
         size = max(16, LOGITS_BYTES // (4 * weight.shape[0]))
         for start in range(0, len(hidden), size):
             part = slice(start, start + size)
-            grad[part] = _chunk(hidden[part], weight, softcap, scale)
+            grad[part] = _chunk(hidden[part], weight, softcap, scale, products)
         ctx.save_for_backward(grad)
         return hidden.new_empty((), dtype=torch.float32)
 
     @staticmethod
     def backward(ctx: Any, grad_sum: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
-        return grad * grad_sum.to(grad.dtype), None, None, None
+        return grad * grad_sum.to(grad.dtype), None, None, None, None
 
 
-def _chunk(hidden: Tensor, weight: Tensor, softcap: float | None, scale: float) -> Tensor:
-    logits = hidden @ weight.t()
+def _chunk(
+    hidden: Tensor, weight: Tensor, softcap: float | None, scale: float, products: torch.dtype
+) -> Tensor:
+    wide = hidden.to(products)
+    logits = wide.new_empty(len(hidden), weight.shape[0])
+    for piece, own in _slices(weight, products):
+        torch.mm(wide, own.t(), out=logits[:, piece])
     scores = logits.float()
     if scale != 1.0:
         scores = scores * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    del logits
+    del logits, wide
     grad = torch.softmax(scores, 1)
     if softcap is not None:
         grad.mul_(1 - (scores / softcap).square())
-    return grad.to(hidden.dtype) @ weight
+    wide = grad.to(products)
+    total = wide.new_zeros(len(grad), weight.shape[1])
+    for piece, own in _slices(weight, products):
+        total.addmm_(wide[:, piece], own)
+    return total.float() * scale
+
+
+def _slices(weight: Tensor, products: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    if products == weight.dtype:
+        yield slice(None), weight
+        return
+    size = max(1, SLICE_BYTES // (weight.shape[1] * products.itemsize))
+    for start in range(0, weight.shape[0], size):
+        yield slice(start, start + size), weight[start : start + size].to(products)

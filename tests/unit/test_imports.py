@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "orchestrator"
-GROUND = {"errors", "places", "quiet"}
+GROUND = {"errors", "places", "processor", "quiet"}
 CONFIG = GROUND | {"config", "jobfile", "identity"}
 # room: the rooms it may import
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "places": set(),
+    "processor": set(),
     "quiet": set(),
     "config": GROUND,
     "jobfile": GROUND | {"config"},

@@ -60,6 +60,7 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 def test_the_limits_are_the_engines() -> None:
     assert plan_standins.DENSE_LIMIT == attention.DENSE_LIMIT
     assert plan_standins.LOGITS_BYTES == loss.LOGITS_BYTES
+    assert plan_standins.SLICE_BYTES == loss.SLICE_BYTES
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
@@ -129,6 +130,7 @@ def make_pass(shape: Shape, lengths: tuple[int, ...], **changes: Any) -> Pass:
         "double_quant": True,
         "dtype": "float32",
         "cuda": False,
+        "products": "float32",
     }
     return Pass(**{**values, **changes})
 

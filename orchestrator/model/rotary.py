@@ -1,0 +1,148 @@
+"""Queries, keys and values with rotary positions and the attention of short segments, as one.
+
+What `attention._DenseSegments` does for a model's own queries, keys and values, and the products
+and the rotation before it, without the copies between them. Heads that share keys lie together:
+(groups, tokens, heads of the group, width), so that each group's scores are one product.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from orchestrator.model.attention import DENSE_LIMIT, future
+from orchestrator.model.lora import LoraLinear, back_project, parts, project
+
+# Names of its linear layers.
+LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj")
+# Whose forward pass is: project, rotate by halves, attend, project.
+_KINDS = (
+    "LlamaAttention",
+    "MistralAttention",
+    "Qwen2Attention",
+    "GemmaAttention",
+    "GraniteAttention",
+)
+
+
+def is_rotary(module: nn.Module) -> bool:
+    """Whether a module is an attention layer of a known kind."""
+    return type(module).__name__ in _KINDS
+
+
+def fits(module: Any, lengths: tuple[int, ...]) -> bool:
+    """Whether segments of these lengths are short enough to keep their probabilities."""
+    window = getattr(module.config, "sliding_window", None) or DENSE_LIMIT
+    return max(lengths) <= min(DENSE_LIMIT, window)
+
+
+def attend(
+    module: Any, x: Tensor, positions: tuple[Tensor, Tensor], lengths: tuple[int, ...]
+) -> Tensor:
+    """The attention layer's output for a packed row.
+
+    Args:
+        module: of a known kind.
+        x: (1, tokens, hidden).
+        positions: cosine and sine, (1, tokens, width), equal in their two halves.
+        lengths: the segments' lengths, summing to tokens.
+    """
+    function: Any = _Attend.apply
+    layers = (module.q_proj, module.k_proj, module.v_proj)
+    half = module.head_dim // 2
+    turn = tuple(t[0, :, None, :half].to(layers[0].product_dtype) for t in positions)
+    out = function(
+        module.q_proj.placement.anchor, x[0], layers, turn, lengths, module.head_dim, module.scaling
+    )
+    return module.o_proj(out[None])
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        anchor: Tensor,
+        rows: Tensor,
+        layers: tuple[LoraLinear, ...],
+        turn: tuple[Tensor, Tensor],
+        lengths: tuple[int, ...],
+        width: int,
+        scale: float,
+    ) -> Tensor:
+        ctx.layers, ctx.parts, ctx.lengths = layers, parts(layers, len(rows)), lengths
+        ctx.width, ctx.scale = width, scale
+        outs, lows = project(layers, rows.to(layers[0].product_dtype), ctx.parts)
+        groups = outs[1].shape[1] // width
+        query, key, value = (_grouped(out, groups, width) for out in outs)
+        query, key = _turned(query, *turn), _turned(key, *turn).squeeze(2)
+        value = value.squeeze(2)
+        output = rows.new_empty(len(rows), outs[0].shape[1])
+        wide, kept = _grouped(output, groups, width), []
+        for part, length in _segments(lengths):
+            q, k, v = query[:, part].flatten(1, 2), key[:, part], value[:, part]
+            scores = torch.bmm(q, k.transpose(1, 2)).float().mul_(scale)
+            scores.view(groups, length, -1, length).add_(future(rows.device, length)[:, None])
+            weights = torch.softmax(scores, -1).to(q.dtype)
+            wide[:, part] = torch.bmm(weights, v).view(groups, length, -1, width)
+            kept.append(weights.to(rows.dtype))
+        tensors = [t.to(rows.dtype) for t in (query, key, value)]
+        ctx.save_for_backward(rows, *turn, *tensors, *lows, *kept)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, cos, sin, *tensors = ctx.saved_tensors
+        dtype, width = ctx.layers[0].product_dtype, ctx.width
+        query, key, value = (t.to(dtype) for t in tensors[:3])
+        lows, kept = tensors[3 : 3 + len(ctx.parts)], tensors[3 + len(ctx.parts) :]
+        wide = _grouped(grad, len(key), width)
+        sizes = [len(key) * t[0, 0].numel() for t in (query, key, value)]
+        grads = [query.new_empty(len(rows), size) for size in sizes]
+        grad_query, grad_key = torch.empty_like(query), torch.empty_like(key)
+        grad_value = _grouped(grads[2], len(key), width).squeeze(2)
+        for (part, length), weights in zip(_segments(ctx.lengths), kept, strict=True):
+            weights = weights.to(dtype)
+            g = wide[:, part].to(dtype).flatten(1, 2)
+            grad_value[:, part] = torch.bmm(weights.transpose(1, 2), g)
+            grad_weights = torch.bmm(g, value[:, part].transpose(1, 2)).float()
+            scores: Any = torch._softmax_backward_data(
+                grad_weights, weights.float(), -1, torch.float32
+            )
+            scores = scores.to(dtype)
+            q = query[:, part].flatten(1, 2)
+            grad_query[:, part] = torch.bmm(scores, key[:, part]).view(len(key), length, -1, width)
+            grad_key[:, part] = torch.bmm(scores.transpose(1, 2), q)
+        back = (cos * ctx.scale, sin * -ctx.scale)
+        _grouped(grads[0], len(key), width).copy_(_turned(grad_query, *back))
+        _grouped(grads[1], len(key), width).copy_(_turned(grad_key.unsqueeze(2), *back))
+        grad_rows = back_project(
+            ctx.layers, rows.to(dtype), ctx.parts, lows, grads, ctx.needs_input_grad[1]
+        )
+        own = None if grad_rows is None else grad_rows.to(grad.dtype)
+        return None, own, None, None, None, None, None
+
+
+def _grouped(rows: Tensor, groups: int, width: int) -> Tensor:
+    """(tokens, heads * width) as (groups, tokens, heads of a group, width), a view."""
+    return rows.view(len(rows), groups, -1, width).transpose(0, 1)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Heads turned by their tokens' angles (Su et al. 2021); a contiguous copy.
+
+    Shapes: x (groups, tokens, heads, width); cos and sin (tokens, 1, width / 2).
+    """
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    half = x.shape[-1] // 2
+    a, b = x[..., :half], x[..., half:]
+    torch.mul(a, cos, out=out[..., :half]).addcmul_(b, sin, value=-1)
+    torch.mul(b, cos, out=out[..., half:]).addcmul_(a, sin)
+    return out
+
+
+def _segments(lengths: tuple[int, ...]) -> Iterator[tuple[slice, int]]:
+    start = 0
+    for length in lengths:
+        yield slice(start, start + length), length
+        start += length
