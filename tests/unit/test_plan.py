@@ -9,6 +9,7 @@ import torch
 import transformers
 from torch.autograd.graph import saved_tensors_hooks
 
+from orchestrator import processor
 from orchestrator.config import JobConfig, LoraConfig
 from orchestrator.errors import ModelError, RefusedError
 from orchestrator.jobfile import job_from_mapping
@@ -88,14 +89,24 @@ def test_a_quantized_base_takes_what_is_planned(tmp_path: Path, double_quant: bo
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("lengths", [(40, 24), (17,)])
-def test_the_engine_keeps_what_is_planned(
-    tmp_path: Path, name: str, lengths: tuple[int, ...]
+def test_the_engine_keeps_what_is_planned(name: str, lengths: tuple[int, ...]) -> None:
+    check_kept(name, lengths, "float32", "float32")
+
+
+@pytest.mark.parametrize("products", ["bfloat16", "float32"])
+@pytest.mark.parametrize("name", ["Llama", "Gemma2"])
+def test_a_bfloat16_engine_keeps_what_is_planned(
+    name: str, products: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(processor, "slow_bfloat16", lambda: products == "float32")
+    check_kept(name, (40, 24), "bfloat16", products)
+
+
+def check_kept(name: str, lengths: tuple[int, ...], dtype: str, products: str) -> None:
     """Storages that autograd holds after a real forward pass, against the stand-ins' ledger."""
     config = getattr(transformers, f"{name}Config")(**CONFIGS[name])
-    base = wrap(
-        transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).train(), "test"
-    )
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    base = wrap(model.train(), "test")
     adapters = AdapterSet(base.model)
     adapter = adapters.add(LoraConfig(rank=4), 0)
     there = {p.untyped_storage().data_ptr() for p in base.model.parameters()}
@@ -111,7 +122,8 @@ def test_the_engine_keeps_what_is_planned(
     with saved_tensors_hooks(keep, lambda tensor: tensor), adapters.active([(adapter, 0, -1)]):
         hidden = hidden_states(base, torch.zeros(sum(lengths), dtype=torch.long), lengths)
     shape = tiny_shape(name)
-    planned = pass_bytes(shape, make_pass(shape, lengths, quantized=False))
+    changes = {"quantized": False, "dtype": dtype, "products": products}
+    planned = pass_bytes(shape, make_pass(shape, lengths, **changes))
     # Beside what autograd keeps the row itself lives: ids, and the last layer's output.
     assert sum(kept.values()) <= planned.kept * 1.01
     assert planned.kept - sum(kept.values()) <= 0.15 * planned.kept + 4096
