@@ -24,7 +24,7 @@ class Pace:
 def pace(settled: Settled) -> Pace:
     """Time the device's matrix products for a moment and divide."""
     need, job = settled.need, settled.need.job
-    rate = product_rate(need.machine.cuda, settled.dtype, need.shape.hidden)
+    rate = product_rate(need.machine.cuda, settled.products, need.shape.hidden)
     speed = _SHARE * rate / operations(settled) * need.machine.gpus
     steps = job.training.max_steps
     if steps is None:
