@@ -3,12 +3,14 @@
 import json
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 
 from orchestrator.data.encoding import Example
@@ -22,6 +24,8 @@ _DTYPES = {
     "hashes": np.uint64,
 }
 _RECORD = "record.json"
+# What the files were when all their bytes were last read.
+_CHECKED = "checked.json"
 _BLOCK = 1 << 22
 
 
@@ -167,15 +171,44 @@ class DatasetWriter:
 def read_record(folder: Path) -> dict[str, Any] | None:
     """The record of a whole entry; None where there is none or a file is damaged.
 
-    Reads every file once: a file that a crash left unwritten may have the right size.
+    A file that a crash left unwritten may have the right size, so every byte is read: once since
+    the machine started, and again only after a file's size, time or inode has changed.
     """
     try:
         record: dict[str, Any] = json.loads((folder / _RECORD).read_text())
         Counts(**record["counts"])
-        sums = {name: _sum(folder / f"{name}.bin") for name in _DTYPES}
-        return record if record["sums"] == sums and record["format"] else None
+        if not record["format"]:
+            return None
+        stamp = _stamp(folder, record["sums"])
+        if not _was_checked(folder, stamp):
+            if record["sums"] != {name: _sum(folder / f"{name}.bin") for name in _DTYPES}:
+                return None
+            _note_checked(folder, stamp)
+        return record
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _stamp(folder: Path, sums: dict[str, int]) -> str:
+    """Changes with the record's sums, with any file of the entry, and when the machine starts."""
+    stats = [(folder / f"{name}.bin").stat() for name in _DTYPES]
+    files = [(stat.st_size, stat.st_mtime_ns, stat.st_ino) for stat in stats]
+    return json.dumps([sums, files, psutil.boot_time()])
+
+
+def _was_checked(folder: Path, stamp: str) -> bool:
+    try:
+        return (folder / _CHECKED).read_text() == stamp
+    except (OSError, ValueError):
+        return False
+
+
+def _note_checked(folder: Path, stamp: str) -> None:
+    # A cache that can only be read serves as well: it is checked at every start.
+    with suppress(OSError), NamedTemporaryFile("w", dir=folder, delete=False) as beside:
+        beside.write(stamp)
+        beside.flush()
+        Path(beside.name).replace(folder / _CHECKED)
 
 
 def _sum(path: Path) -> int:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.config import DataConfig
-from orchestrator.data import EncodedDataset, PreparedData, encoding, prepare
+from orchestrator.data import EncodedDataset, PreparedData, dataset, encoding, prepare
 from orchestrator.data.batches import step_indices
 from orchestrator.errors import DataError
 
@@ -48,6 +48,40 @@ def test_a_byte_that_changed_is_noticed(tmp_path: Path, tokenizer: Any, name: st
     again = load(tmp_path, tokenizer, rows)
     assert not again.sources[0].cached and contents(again.train) == before
     assert damaged.read_bytes() != content
+    assert load(tmp_path, tokenizer, rows).sources[0].cached
+
+
+def test_an_entry_is_read_once_until_a_file_changes(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = questions(*range(6))
+    folder = load(tmp_path, tokenizer, rows).train.folder
+    summed, read = [], dataset._sum
+
+    def counted(path: Path) -> int:
+        summed.append(path.stem)
+        return read(path)
+
+    monkeypatch.setattr(dataset, "_sum", counted)
+    for _ in range(3):
+        assert load(tmp_path, tokenizer, rows).sources[0].cached
+    assert len(summed) == len(set(summed)) == 6
+    # Of the same size, and not damaged: read again, and kept.
+    content = (folder / "ids.bin").read_bytes()
+    (folder / "ids.bin").write_bytes(content)
+    assert load(tmp_path, tokenizer, rows).sources[0].cached and len(summed) == 12
+
+
+def test_a_cache_that_can_only_be_read_serves(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = questions(*range(6))
+    load(tmp_path, tokenizer, rows)
+
+    def refuse(*arguments: Any, **options: Any) -> Any:
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(dataset, "NamedTemporaryFile", refuse)
     assert load(tmp_path, tokenizer, rows).sources[0].cached
 
 
