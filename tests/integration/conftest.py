@@ -17,7 +17,7 @@ from click.testing import CliRunner
 
 from orchestrator.cli import main
 
-SECONDS = 240
+SECONDS = 600
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from mlflow import MlflowClient
 from tests.integration.cluster import RayCluster
 from tests.integration.conftest import Commands, curve, journal, wait_until
 
+# Ray and several engines start in each.
+pytestmark = pytest.mark.timeout(1200)
 JobFile = Callable[..., Path]
 SPACE = {
     "lora.rank": {"choice": [2, 4, 8]},
