@@ -98,7 +98,7 @@ def _shared(sweep: _Sweep) -> dict[str, Any]:
         if not tuning.ended:
             engine.result()
             raise OrchestratorError("The engine ended before the trials; see Ray's logs")
-        tuning.result()
+        _disown(sweep.trials_dir, tuning.result())
         best = sweep.best()
         return engine.close(best and best.folder)
 
@@ -111,7 +111,7 @@ def _isolated(sweep: _Sweep) -> dict[str, Any]:
         if stop_path(sweep.run_dir).exists():
             _stop_engines(sweep.trials_dir)
             raise InterruptedRunError("The sweep was stopped; every trial has its checkpoint")
-    tuning.result()
+    _disown(sweep.trials_dir, tuning.result())
     best = sweep.best()
     if best is None:
         return {}
@@ -126,6 +126,19 @@ def _engine(sweep: _Sweep, job: JobConfig, folder: Path) -> RunningEngine:
 def _tune(sweep: _Sweep, desk: Any) -> Background:
     tuner = make_tuner(sweep.job, sweep.run_dir, sweep.context(desk), sweep.places)
     return Background(tuner.fit)
+
+
+def _disown(trials_dir: Path, found: Any) -> None:
+    """Give a last word to trials that began just before a kill, of which Tune knows nothing."""
+    known = {Path(result.path).name for result in found}
+    for outcome in outcomes(trials_dir):
+        if outcome.trial_id not in known and not outcome.settled:
+            with JournalObserver(outcome.folder) as observer:
+                observer.emit(
+                    "finish",
+                    status="interrupted",
+                    error="The sweep was killed before it had noted this trial; it was not resumed",
+                )
 
 
 def _stop_engines(trials_dir: Path) -> None:

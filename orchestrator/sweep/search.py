@@ -22,8 +22,10 @@ def searcher(sweep: SweepConfig) -> Any:
     points = [dict(point) for point in sweep.points] or None
     if sweep.searcher != "optuna":
         return BasicVariantGenerator(points_to_evaluate=points, random_state=sweep.seed)
+    import optuna
     from ray.tune.search.optuna import OptunaSearch
 
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     return OptunaSearch(
         metric=sweep.metric, mode=sweep.mode, points_to_evaluate=points, seed=sweep.seed
     )
