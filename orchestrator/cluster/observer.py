@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ray.util.metrics import Counter, Gauge
+from ray.util.metrics import Gauge
 
 from orchestrator.tracking.observer import JournalObserver, StopOnly
 from orchestrator.tracking.system import SystemSampler
@@ -69,10 +69,10 @@ class Leader(JournalObserver):
         tags = {"run": name}
         self._drain = _Drain()
         self._gauges = {field: _gauge(*about, tags) for field, about in _GAUGES.items()}
-        self._restarts = Counter(
-            "orchestrator_restarts", "Starts of the workers after the first", ("run",)
-        )
-        self._restarts.set_default_tags(tags)
+        # No counter: one of a new process begins at 0, where no increase is seen.
+        about = ("orchestrator_restarts", "Starts of the run's workers after the first")
+        self._gauges["restarts"] = _gauge(*about, tags)
+        self._shown: dict[str, float] = {}
         self._log = _logger()
         self._name = name
         self._sampler = SystemSampler(self.emit)
@@ -81,15 +81,16 @@ class Leader(JournalObserver):
         """Append one event, and show it to who watches Ray."""
         super().emit(event, **fields)
         if event == "step":
-            for field, gauge in self._gauges.items():
-                gauge.set(fields[field])
+            self._shown |= {field: fields[field] for field in _GAUGES}
             shown = {field: fields[field] for field in _LOGGED}
             self._log.info(json.dumps({"run": self._name, **shown}))
         elif event == "warning":
             self._log.warning(json.dumps({"run": self._name, "warning": fields["message"]}))
-        elif event == "start" and self.starts > 1:
-            # A new process counts from 0.
-            self._restarts.inc(self.starts - 1)
+        elif event == "start":
+            self._shown["restarts"] = self.starts - 1
+        # With the sampler's events too: Ray forgets a gauge that was not set for 20 seconds.
+        for field, value in list(self._shown.items()):
+            self._gauges[field].set(value)
 
     def save_requested(self) -> bool:
         """Whether this worker's run is about to lose a node."""

@@ -34,7 +34,7 @@ OURS = {
     "ray_orchestrator_collective_seconds",
     "ray_orchestrator_loss",
     "ray_orchestrator_step",
-    "ray_orchestrator_restarts_total",
+    "ray_orchestrator_restarts",
 }
 
 
