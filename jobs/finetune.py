@@ -1,6 +1,7 @@
-"""What `ray job submit` starts for a fine-tune; takes the arguments of `orchestrator finetune`.
+r"""What `ray job submit` starts for a fine-tune; takes the arguments of `orchestrator finetune`.
 
-ray job submit --working-dir . -- python jobs/finetune.py JOB.yaml
+ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- \
+    python jobs/finetune.py JOB.yaml
 """
 
 import sys

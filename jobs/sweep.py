@@ -1,6 +1,7 @@
-"""What `ray job submit` starts for a fine-tune; takes the arguments of `orchestrator sweep`.
+r"""What `ray job submit` starts for a sweep; takes the arguments of `orchestrator sweep`.
 
-ray job submit --working-dir . -- python jobs/sweep.py JOB.yaml
+ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- \
+    python jobs/sweep.py JOB.yaml
 """
 
 import sys

@@ -27,11 +27,9 @@ def main() -> None:
 @_JSON
 def finetune(job: str, overrides: tuple[str, ...], local: bool, as_json: bool) -> None:
     """Fine-tune as JOB.yaml says, or go on where it stopped."""
-    from rich.console import Console
-
     from orchestrator.errors import OrchestratorError
 
-    console = Console(stderr=True, highlight=False)
+    console = _console()
     try:
         from orchestrator.jobfile import load_job
 
@@ -64,11 +62,9 @@ def finetune(job: str, overrides: tuple[str, ...], local: bool, as_json: bool) -
 @_JSON
 def sweep(job: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Search as JOB.yaml's sweep says, or go on where it stopped."""
-    from rich.console import Console
-
     from orchestrator.errors import OrchestratorError
 
-    console = Console(stderr=True, highlight=False)
+    console = _console()
     try:
         from orchestrator.jobfile import load_job
 
@@ -144,6 +140,13 @@ def ui(job: str, overrides: tuple[str, ...], port: int) -> None:
         return
     click.echo(f"MLflow UI: http://127.0.0.1:{port} (Ctrl-C ends it)", err=True)
     os.execve(command[0], command, {**os.environ, STORE_VARIABLE: tracking_uri(resolved)})
+
+
+def _console() -> Any:
+    """Where people read: stderr. In a file, such as a submitted job's log, no line is folded."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
 
 
 def _end(status: int, message: str, as_json: bool, job: str) -> NoReturn:

@@ -13,10 +13,12 @@ import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from orchestrator.cluster.plan import WorkerPlan, plan_workers
-from orchestrator.cluster.session import Session, session
+from orchestrator.cluster.session import Session, check_kept, session
 from orchestrator.cluster.worker import proof_path, train
 from orchestrator.config import JobConfig
-from orchestrator.errors import OrchestratorError, WorkerLostError
+from orchestrator.errors import InterruptedRunError, OrchestratorError, WorkerLostError
+from orchestrator.tracking.journal import journal_path
+from orchestrator.tracking.observer import stop_path
 
 _CONTROLLER_FAILURES = 3
 _START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
@@ -44,6 +46,7 @@ def run(job: JobConfig, run_dir: Path, say: Callable[[str], None]) -> dict[str, 
         OrchestratorError: what the leading worker raised, or that workers kept dying.
     """
     with session(job.cluster.address, say) as here:
+        check_kept(run_dir)
         plan = plan_workers(job.cluster, here.here, here.most, here.own)
         return run_workers(job, run_dir, plan, here, say, train, {})
 
@@ -77,7 +80,7 @@ def run_workers(
     with _proof(run_dir) as proof:
         _tell(plan, here, say)
         try:
-            outcome = _wait(job, _trainer(job, run_dir, plan, proof, work, more))
+            outcome = _wait(job, run_dir, _trainer(job, run_dir, plan, proof, work, more))
         finally:
             shutil.rmtree(run_dir / ".ray", ignore_errors=True)
     if isinstance(outcome, OrchestratorError):
@@ -116,19 +119,36 @@ def _tell(plan: WorkerPlan, here: Session, say: Callable[[str], None]) -> None:
         say(f"Waiting for {wanted}: the cluster has {here.here}; {how}")
 
 
-def _wait(job: JobConfig, trainer: TorchTrainer) -> Any:
-    """The leading worker's return value."""
+def _wait(job: JobConfig, run_dir: Path, trainer: TorchTrainer) -> Any:
+    """The leading worker's return value.
+
+    Raises:
+        InterruptedRunError: the user asked to stop before any worker had begun.
+    """
+    before = _written(run_dir)
     # In a thread, so that Ray leaves SIGINT alone: the first one asks for a checkpoint.
     pool = ThreadPoolExecutor(1)
     waiting = pool.submit(trainer.fit)
     try:
         while not waiting.done():
             wait([waiting], timeout=_WAIT_SECONDS)
+            # Workers that have begun see the wish to stop themselves, and save what they have.
+            if stop_path(run_dir).exists() and _written(run_dir) == before:
+                raise InterruptedRunError(
+                    "Stopped while the job waited for its workers. Run the same command again to "
+                    "go on"
+                )
         return waiting.result().return_value
     except ray.train.TrainingFailedError as error:
         raise OrchestratorError(_failure(job, error)) from error
     finally:
         pool.shutdown(wait=False)
+
+
+def _written(run_dir: Path) -> int:
+    """Bytes of the journal, which grows as soon as the workers do."""
+    path = journal_path(run_dir)
+    return path.stat().st_size if path.exists() else 0
 
 
 def _trainer(

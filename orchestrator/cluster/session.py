@@ -2,9 +2,12 @@
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -42,11 +45,43 @@ def session(address: str, say: Callable[[str], None]) -> Iterator[Session]:
         RefusedError: an address was given and no cluster answers there, or it wants a token.
         OrchestratorError: Ray does not start.
     """
-    own = _connect(address, say)
+    with _own_sigterm():
+        own = _connect(address, say)
     try:
         yield Session(own, _resources(ray.cluster_resources()), _most())
     finally:
         ray.shutdown()
+
+
+def check_kept(run_dir: Path) -> None:
+    """A submitted job must not leave its results in the folder that was sent with it.
+
+    Raises:
+        RefusedError: it would; Ray deletes that folder when the job has ended.
+    """
+    submitted = ray.get_runtime_context().runtime_env.working_dir()
+    if submitted and run_dir.is_relative_to(Path.cwd()):
+        raise RefusedError(
+            f"output_dir: {run_dir} lies in the working directory that came with the submitted "
+            "job, which Ray deletes after it. Give a path that all nodes share, such as "
+            "`--set output_dir=/mnt/shared/runs`"
+        )
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep the process's handler of SIGTERM, which asks a run for a checkpoint.
+
+    Ray puts one in its place that ends the process at once; `ray job stop` sends SIGTERM.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _connect(address: str, say: Callable[[str], None]) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.cluster.plan import WorkerPlan, plan_workers
-from orchestrator.cluster.session import Session, session
+from orchestrator.cluster.session import Session, check_kept, session
 from orchestrator.config import JobConfig
 from orchestrator.errors import InterruptedRunError, OrchestratorError
 from orchestrator.plan import plan_job
@@ -68,6 +68,7 @@ def run(job: JobConfig, run_dir: Path, say: Callable[[str], None]) -> dict[str, 
         OrchestratorError: the engine failed, or the user stopped it.
     """
     with session(job.cluster.address, say) as here:
+        check_kept(run_dir)
         if space.is_shared(job):
             plan = plan_workers(job.cluster, here.here, here.most, here.own)
             count = places.shared(

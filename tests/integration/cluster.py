@@ -28,6 +28,12 @@ class Node:
     process: subprocess.Popen[bytes]
     mark: str
     cache: Path
+    temporary: Path
+
+    @property
+    def session(self) -> Path:
+        """Where Ray keeps this node's logs and what jobs have sent."""
+        return (self.temporary / "session_latest").resolve()
 
     def kill(self) -> None:
         """As a machine that loses power: all its processes at once, by their ids."""
@@ -56,13 +62,16 @@ class RayCluster:
     nodes: list[Node] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        # A socket's path is short.
-        self._temporary = mkdtemp(prefix="ray", dir="/tmp")
-        options = ["--head", f"--port={self.port}", f"--temp-dir={self._temporary}"]
+        options = ["--head", f"--port={self.port}"]
         options += ["--include-dashboard=true", f"--dashboard-port={self.dashboard}"]
         options += ["--dashboard-host=127.0.0.1", "--num-cpus=0", "--num-gpus=0"]
         self.head = self._start("head", options)
-        wait_until(lambda: bool(self.alive()), "Ray's head is up", SECONDS, 0.2)
+        try:
+            wait_until(lambda: bool(self.alive()), "Ray's head is up", SECONDS, 0.2)
+        except BaseException:
+            # Nobody else knows of it yet.
+            self.close()
+            raise
 
     @property
     def address(self) -> str:
@@ -134,24 +143,33 @@ class RayCluster:
         for node in reversed([self.head, *self.nodes]):
             if node.process.poll() is None:
                 node.kill()
-        shutil.rmtree(self._temporary, ignore_errors=True)
+            shutil.rmtree(node.temporary, ignore_errors=True)
 
     def _start(self, mark: str, options: list[str]) -> Node:
         cache = self.folder / f"cache-{mark}"
         cache.mkdir(parents=True, exist_ok=True)
         environment = {**os.environ, **self.environment, "ORCHESTRATOR_CACHE": str(cache)}
+        # A job says `python`, as on a node whose Python has the packages.
+        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         # A node is lost when it has been silent for a few seconds, not for half a minute.
         environment["RAY_health_check_period_ms"] = "1000"
         environment["RAY_health_check_failure_threshold"] = "5"
+        # Metrics are to be had every second, not every ten.
+        environment["RAY_metrics_report_interval_ms"] = "1000"
+        # As on a machine of its own: nodes that share a folder overwrite what a job sends. The path
+        # of a socket in it is short.
+        temporary = Path(mkdtemp(prefix="ray", dir="/tmp"))
+        # The agent takes jobs; without a port of its own the first node's has it.
+        own = [f"--temp-dir={temporary}", f"--dashboard-agent-listen-port={free_port()}"]
         with (self.folder / f"{mark}.log").open("wb") as log:
             process = subprocess.Popen(
-                [*RAY, "start", "--block", "--disable-usage-stats", *options],
+                [*RAY, "start", "--block", "--disable-usage-stats", *own, *options],
                 env=environment,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
             )
-        return Node(process, mark, cache)
+        return Node(process, mark, cache, temporary)
 
 
 def _command(process: psutil.Process) -> str:

@@ -20,6 +20,7 @@ import pytest
 import ray
 from ray._private import ray_constants
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.runtime_env import RuntimeEnv
 from ruamel.yaml import YAML
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -257,6 +258,19 @@ def test_images_are_pinned_and_not_root(path: Path) -> None:
             for source in sources:
                 assert (ROOT / source).exists()
                 assert f"!{source}" in ignored or f"!{source}/**" in ignored
+
+
+def test_ray_takes_the_environment_of_submitted_jobs() -> None:
+    (environment,) = documents(ROOT / "jobs" / "runtime_env.yaml")
+    assert RuntimeEnv(**environment).to_dict() == environment
+    assert ".git" in environment["excludes"]
+    # Longer than a step, and than a checkpoint to slow storage.
+    assert int(environment["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"]) >= 300
+    for script in ("finetune", "sweep"):
+        text = " ".join((ROOT / "jobs" / f"{script}.py").read_text().split())
+        assert f"--runtime-env jobs/runtime_env.yaml -- \\ python jobs/{script}.py" in text
+    with pytest.raises((TypeError, ValueError)):
+        RuntimeEnv(excludes=".git")
 
 
 def images() -> list[str]:
