@@ -17,8 +17,9 @@ from orchestrator.config import JobConfig
 from orchestrator.errors import OrchestratorError, RefusedError
 from orchestrator.identity import changed_keys
 from orchestrator.jobfile import dump_job, job_from_mapping, load_job
-from orchestrator.places import cache_dir
+from orchestrator.places import cache_dir, is_uri
 from orchestrator.quiet import quiet_libraries
+from orchestrator.storage.place import Place, command_place
 from orchestrator.tracking.cursor import Cursor
 from orchestrator.tracking.delivery import Delivery, deliver_pending
 from orchestrator.tracking.journal import journal_path, read_events
@@ -58,17 +59,21 @@ def finetune(
     """
     resolved = _resolve(job, overrides)
     run_dir = resolved.run_dir.absolute()
+    place = command_place(resolved, run_dir, trains=local)
     with _own(run_dir):
+        place.open()
         deliver_pending(resolved, run_dir, say, _PENDING_SECONDS)
-        _check_same_job(resolved, run_dir)
-        finished = _finished(resolved, run_dir)
+        _check_same_job(resolved, place)
+        finished = _finished(resolved, place)
+        if finished is None:
+            _write(run_dir / "job.yaml", redact(dump_job(resolved)))
+        place.publish()
         if finished is not None:
-            say(
-                f"{resolved.name} is finished ({finished['steps']} steps); nothing to do. {run_dir}"
-            )
+            steps = finished["steps"]
+            say(f"{resolved.name} is finished ({steps} steps); nothing to do. {place.name}")
             return finished
-        _write(run_dir / "job.yaml", redact(dump_job(resolved)))
-        return _run(resolved, run_dir, local, say, watch)
+        with place.concluding(say):
+            return _run(resolved, place, local, say, watch)
 
 
 def sweep(
@@ -95,6 +100,10 @@ def sweep(
 
     resolved = _resolve(job, overrides)
     space.check(resolved)
+    if is_uri(resolved.output_dir):
+        raise RefusedError(
+            "output_dir: a sweep runs in a folder that all nodes share; URIs are for finetune"
+        )
     run_dir = resolved.run_dir.absolute()
     with _own(run_dir):
         deliver_pending(resolved, run_dir, say, _PENDING_SECONDS)
@@ -172,15 +181,17 @@ def _finished_sweep(run_dir: Path) -> dict[str, Any] | None:
 
 
 def _run(
-    job: JobConfig, run_dir: Path, local: bool, say: Say, watch: Callable[[Path], Any] | None
+    job: JobConfig, place: Place, local: bool, say: Say, watch: Callable[[Path], Any] | None
 ) -> dict[str, Any]:
+    run_dir = place.folder
     starts = _count_starts(run_dir)
     delivery = Delivery(job, run_dir, say)
     delivery.start()
     status, results, error = "failed", {}, None
     try:
         with watch(run_dir) if watch else _nothing():
-            results = _train_here(job, run_dir) if local else _train_on_ray(job, run_dir, say)
+            results = _train_here(job, place) if local else _train_on_ray(job, place, say)
+        results["adapter"] = place.adapter
         status = "finished"
     except OrchestratorError as raised:
         status = "interrupted" if raised.exit_status == 130 else "failed"
@@ -209,24 +220,25 @@ def _run(
     return complete
 
 
-def _train_here(job: JobConfig, run_dir: Path) -> dict[str, Any]:
+def _train_here(job: JobConfig, place: Place) -> dict[str, Any]:
     quiet_libraries()
     from orchestrator.training.collective import World
     from orchestrator.training.run import run
 
     with (
-        JournalObserver(run_dir) as observer,
-        _stop_on_interrupt(run_dir),
+        JournalObserver(place.folder) as observer,
+        _stop_on_interrupt(place.folder),
         SystemSampler(observer.emit),
+        place.writing(lambda message: observer.emit("warning", message=message)),
     ):
-        return run(job, run_dir, cache_dir(), None, World(), observer)
+        return run(job, place.folder, cache_dir(), None, World(), observer)
 
 
-def _train_on_ray(job: JobConfig, run_dir: Path, say: Say) -> dict[str, Any]:
+def _train_on_ray(job: JobConfig, place: Place, say: Say) -> dict[str, Any]:
     from orchestrator.cluster.driver import run
 
-    with _stop_on_interrupt(run_dir):
-        return run(job, run_dir, say)
+    with _stop_on_interrupt(place.folder), place.following(say):
+        return run(job, place.folder, say)
 
 
 def _resolve(
@@ -281,10 +293,10 @@ def _nothing() -> Iterator[None]:
     yield
 
 
-def _check_same_job(job: JobConfig, run_dir: Path) -> None:
-    """A run's folder goes on with the job that began it, or not at all."""
-    kept = run_dir / "job.yaml"
-    if not kept.exists() or not (run_dir / "checkpoints").exists():
+def _check_same_job(job: JobConfig, place: Place) -> None:
+    """A run goes on with the job that began it, or not at all."""
+    kept = place.folder / "job.yaml"
+    if not kept.exists() or not place.begun():
         return
     # The kept file has no passwords: compared with them, a job with one would never go on.
     now = job_from_mapping(YAML(typ="safe", pure=True).load(redact(dump_job(job))))
@@ -292,20 +304,21 @@ def _check_same_job(job: JobConfig, run_dir: Path) -> None:
     if changes:
         listed = "; ".join(f"{key} was {old!r}, is now {new!r}" for key, old, new in changes)
         raise RefusedError(
-            f"{run_dir} holds a run of this name with other settings: {listed}. "
+            f"{place.name} holds a run of this name with other settings: {listed}. "
             "Give the job another name, restore the settings, or delete that folder"
         )
 
 
-def _finished(job: JobConfig, run_dir: Path) -> dict[str, Any] | None:
+def _finished(job: JobConfig, place: Place) -> dict[str, Any] | None:
     """The results of a finished run of just this length, if there is one."""
+    run_dir = place.folder
     try:
         results = json.loads((run_dir / "result.json").read_text())
         before = load_job(run_dir / "job.yaml").training
     except (OSError, ValueError, OrchestratorError):
         return None
     same = (before.max_steps, before.epochs) == (job.training.max_steps, job.training.epochs)
-    if not (same and results.get("status") == "finished" and Path(results["adapter"]).is_dir()):
+    if not (same and results.get("status") == "finished" and place.has_adapter()):
         return None
     # MLflow may have taken the run only after its command had ended.
     cursor = Cursor.load(run_dir)

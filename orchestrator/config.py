@@ -7,8 +7,11 @@ defaults, then the file, then the command line. Nothing changes a config after i
 import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import unquote, urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from orchestrator.places import is_uri, mirror_dir
 
 Source = str | tuple[str, ...]
 
@@ -86,9 +89,20 @@ def _file_name(value: str) -> str:
     return value
 
 
-def _folder(value: str) -> str:
-    if "://" in value:
-        raise ValueError("give a folder that all nodes share; storage URIs are not supported yet")
+_STORES = ("s3", "gs", "gcs")
+
+
+def _output_dir(value: str) -> str:
+    if not is_uri(value):
+        return value
+    parts = urlsplit(value)
+    if parts.scheme == "file" and not parts.netloc and parts.path:
+        return unquote(parts.path)
+    if parts.scheme not in _STORES or not parts.netloc.rpartition("@")[2]:
+        raise ValueError(
+            "give a folder that all nodes share, or a URI of an object store such as "
+            f"s3://bucket/runs ({', '.join(_STORES)})"
+        )
     return value
 
 
@@ -226,8 +240,9 @@ class ClusterConfig(_Section):
 class TrackingConfig(_Section):
     """Where MLflow is."""
 
-    uri: str | None = None
-    """An MLflow tracking URI; null keeps a SQLite store under output_dir."""
+    uri: Annotated[str | None, Field(repr=False)] = None
+    """An MLflow tracking URI; null keeps a SQLite store under output_dir, or in this machine's
+    copy of it where that is a URI."""
     experiment: Annotated[str, Field(min_length=1)] = "default"
     registered_model: str | None = None
     """Register the adapter under this name; alias `champion` marks the best by eval loss."""
@@ -290,7 +305,10 @@ class JobConfig(_Section):
 
     name: Annotated[str, Field(min_length=1), AfterValidator(_file_name)]
     """Identity: the same name in the same output_dir continues."""
-    output_dir: Annotated[str, Field(min_length=1), AfterValidator(_folder)] = "runs"
+    output_dir: Annotated[str, Field(min_length=1, repr=False), AfterValidator(_output_dir)] = (
+        "runs"
+    )
+    """A folder that all nodes share, or a URI such as s3://bucket/runs."""
     model: ModelConfig
     quantization: QuantizationConfig = QuantizationConfig()
     lora: LoraConfig = LoraConfig()
@@ -312,6 +330,11 @@ class JobConfig(_Section):
         return self
 
     @property
+    def local_dir(self) -> Path:
+        """The folder output_dir; this machine's copy of it where that is a URI."""
+        return mirror_dir(self.output_dir) if is_uri(self.output_dir) else Path(self.output_dir)
+
+    @property
     def run_dir(self) -> Path:
-        """The run's folder, `output_dir/name`."""
-        return Path(self.output_dir) / self.name
+        """The run's folder on this machine, `output_dir/name`."""
+        return self.local_dir / self.name

@@ -14,9 +14,10 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from orchestrator.cluster.plan import WorkerPlan, plan_workers
 from orchestrator.cluster.session import Session, check_kept, session
-from orchestrator.cluster.worker import proof_path, train
+from orchestrator.cluster.worker import train
 from orchestrator.config import JobConfig
 from orchestrator.errors import InterruptedRunError, OrchestratorError, WorkerLostError
+from orchestrator.storage.place import Place, command_place
 from orchestrator.tracking.journal import journal_path
 from orchestrator.tracking.observer import stop_path
 
@@ -77,7 +78,7 @@ def run_workers(
     Raises:
         OrchestratorError: what the leading worker raised, or that workers kept dying.
     """
-    with _proof(run_dir) as proof:
+    with _proof(command_place(job, run_dir, trains=False)) as proof:
         _tell(plan, here, say)
         try:
             outcome = _wait(job, run_dir, _trainer(job, run_dir, plan, proof, work, more))
@@ -91,16 +92,14 @@ def run_workers(
 
 
 @contextmanager
-def _proof(run_dir: Path) -> Iterator[str]:
-    """A file that only who shares this folder can see."""
+def _proof(place: Place) -> Iterator[str]:
+    """A word that only who shares the run's place can see."""
     proof = uuid.uuid4().hex
-    for left in run_dir.glob(proof_path(run_dir, "*").name):
-        left.unlink(missing_ok=True)
-    proof_path(run_dir, proof).touch()
+    place.leave(proof)
     try:
         yield proof
     finally:
-        proof_path(run_dir, proof).unlink(missing_ok=True)
+        place.remove(proof)
 
 
 def _tell(plan: WorkerPlan, here: Session, say: Callable[[str], None]) -> None:

@@ -1,13 +1,15 @@
 """What runs on each worker of a Ray Train run."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import OrchestratorError, RefusedError
 from orchestrator.quiet import quiet_libraries
+from orchestrator.storage.place import Place, worker_place
 
 # A shared file system may show a file of another machine a little later.
 _SHARED_SECONDS = 10.0
@@ -22,7 +24,8 @@ def _train(config: dict[str, Any], device: Any, world: Any, observer: Any) -> di
     from orchestrator.places import cache_dir
     from orchestrator.training.run import run
 
-    return run(config["job"], Path(config["run_dir"]), cache_dir(), device, world, observer)
+    folder, shared = Path(config["run_dir"]), config["shared"]
+    return run(config["job"], folder, cache_dir(), device, world, observer, shared)
 
 
 def as_worker(config: dict[str, Any], work: Callable[..., dict[str, Any]]) -> Any:
@@ -39,16 +42,47 @@ def as_worker(config: dict[str, Any], work: Callable[..., dict[str, Any]]) -> An
     if os.path.isdir(config["working_dir"]):
         # Relative paths in the job file mean the folder the command was given in.
         os.chdir(config["working_dir"])
-    run_dir = Path(config["run_dir"])
     try:
         device = _device(config["gpus"])
         world = _world(device, config["collective_timeout"])
-        with world.together():
-            _check_shared(run_dir, config["proof"])
-        with _observer(run_dir, world.leads, config["job"].name) as observer:
-            return work(config, device, world, observer)
+        place = _place(config, world)
+        found = {**config, "run_dir": str(place.folder), "shared": place.bases()}
+        with (
+            _observer(place.folder, world.leads, config["job"].name) as observer,
+            _written(place, world.leads, observer),
+        ):
+            return work(found, device, world, observer)
     except OrchestratorError as error:
         return error
+
+
+def _place(config: dict[str, Any], world: Any) -> Place:
+    """Where the run lies, with what was trained before on this machine's disk."""
+    with world.together():
+        place = worker_place(config["job"], Path(config["run_dir"]))
+        _check_shared(place, config["proof"])
+    with world.together():
+        if world.leads:
+            place.take_over()
+    with world.together():
+        if not world.leads:
+            place.fetch()
+    return place
+
+
+@contextmanager
+def _written(place: Place, leads: bool, observer: Any) -> Iterator[None]:
+    """While the block runs, what the leader writes reaches the run's place."""
+
+    def say(message: str) -> None:
+        observer.emit("warning", message=message)
+
+    with place.writing(say) if leads else nullcontext():
+        try:
+            yield
+        except OrchestratorError as error:
+            # What the user reads names the place, not this machine's copy of it.
+            raise type(error)(str(error).replace(str(place.folder), place.name)) from error
 
 
 def _device(gpus: float) -> Any:
@@ -87,16 +121,11 @@ def _world(device: Any, timeout: float) -> Any:
     return World(rank, size, len({node for _, node in devices}), tensors)
 
 
-def proof_path(run_dir: Path, proof: str) -> Path:
-    """Where the driver of an attempt leaves the file that only who shares its folder can see."""
-    return run_dir / f".shared-{proof}"
-
-
-def _check_shared(run_dir: Path, proof: str) -> None:
-    """The run's folder must be the driver's, on whatever machine this worker is.
+def _check_shared(place: Place, proof: str) -> None:
+    """The run's place must be the driver's, on whatever machine this worker is.
 
     Raises:
-        RefusedError: it is another folder of the same name.
+        RefusedError: it is another folder of the same name, or a store this worker cannot read.
     """
     from tenacity import RetryError, Retrying, retry_if_result
     from tenacity.stop import stop_after_delay
@@ -108,12 +137,12 @@ def _check_shared(run_dir: Path, proof: str) -> None:
         wait=wait_fixed(0.5),
     )
     try:
-        retrying(proof_path(run_dir, proof).exists)
+        retrying(lambda: place.sees(proof))
     except RetryError:
         raise RefusedError(
-            f"output_dir: {run_dir} on node {os.uname().nodename} is not the folder that the "
+            f"output_dir: {place.name} on node {os.uname().nodename} is not the folder that the "
             "command wrote to. With workers on several nodes it must be a path that all of them "
-            "share"
+            "share, or a URI such as s3://bucket/runs"
         ) from None
 
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from filelock import FileLock
@@ -49,7 +49,7 @@ def ensure(
     dtype: torch.dtype,
     store: Path,
     say: Callable[[str], None],
-    shared: Path | None = None,
+    shared: "SharedBases | None" = None,
 ) -> Path:
     """The store's folder of this base, quantized now if no process has done so before.
 
@@ -70,14 +70,49 @@ def ensure(
         store.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{entry}.lock", timeout=_LOCK_SECONDS):
             if not _complete(entry):
-                if shared is not None and _complete(shared / entry.name):
-                    _copy(shared / entry.name, entry)
-                else:
+                if shared is not None:
+                    shared.fetch(entry)
+                if not _complete(entry):
                     say(f"Quantizing {source.name} to {quantization.type} (once; kept in {store})")
                     _build(source, quantization, dtype, entry)
-    if shared is not None and not _complete(shared / entry.name):
-        _copy(entry, shared / entry.name)
+    if shared is not None:
+        shared.put(entry)
     return entry
+
+
+class SharedBases(Protocol):
+    """Entries that all machines of a run reach."""
+
+    def fetch(self, entry: Path) -> None:
+        """Put an entry in its place on this machine, if it is shared."""
+
+    def put(self, entry: Path) -> None:
+        """Share an entry, if it is not."""
+
+
+class SharedFolder:
+    """Shared entries in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def fetch(self, entry: Path) -> None:
+        """Copy a whole entry from the folder.
+
+        Raises:
+            ModelError: the disk does not take it.
+        """
+        if _complete(self._folder / entry.name):
+            _copy(self._folder / entry.name, entry)
+
+    def put(self, entry: Path) -> None:
+        """Copy an entry to the folder.
+
+        Raises:
+            ModelError: the disk does not take it.
+        """
+        if not _complete(self._folder / entry.name):
+            _copy(entry, self._folder / entry.name)
 
 
 def _copy(entry: Path, target: Path) -> None:

@@ -126,7 +126,8 @@ class Replay:
         self._set_tags({"best.trial_id": event["trial_id"]})
 
     def _adapter(self, event: Event) -> None:
-        folder, eval_loss = Path(event["path"]), event.get("eval_loss")
+        # Its path is that of the machine which trained it.
+        folder, eval_loss = self._run_dir / "adapter", event.get("eval_loss")
         if not folder.is_dir():
             self._set_tags({"adapter.missing": f"{folder} was gone when it was to be delivered"})
             return

@@ -1,7 +1,5 @@
 """Which MLflow store a job uses."""
 
-from pathlib import Path
-
 from orchestrator.config import JobConfig
 
 
@@ -9,11 +7,11 @@ def tracking_uri(job: JobConfig) -> str:
     """The job's MLflow tracking URI: its own, or SQLite under output_dir."""
     if job.tracking.uri is not None:
         return job.tracking.uri
-    return f"sqlite:///{Path(job.output_dir).absolute() / 'mlflow.db'}"
+    return f"sqlite:///{job.local_dir.absolute() / 'mlflow.db'}"
 
 
 def artifact_location(job: JobConfig) -> str | None:
     """Where a new experiment keeps its files; None leaves it to the server."""
     if job.tracking.uri is not None:
         return None
-    return (Path(job.output_dir).absolute() / "mlartifacts").as_uri()
+    return (job.local_dir.absolute() / "mlartifacts").as_uri()

@@ -44,6 +44,7 @@ def run(
     device: torch.device | None,
     world: World,
     observer: Observer,
+    shared: store.SharedBases | None = None,
 ) -> dict[str, Any]:
     """Fine-tune, or go on where the newest checkpoint in `folder` ends.
 
@@ -54,6 +55,8 @@ def run(
         device: what this process trains on; None takes the first GPU, or the CPU.
         world: this process among the workers.
         observer: hears every event, and says when to stop.
+        shared: where machines of one run find what one of them has quantized; None: beside
+            `folder`.
 
     Returns:
         The results of the run, as in the command's `--json` object.
@@ -65,7 +68,7 @@ def run(
         ProofError: the saved adapter is not what was trained.
     """
     device = device or devices.training_device()
-    ground = open_ground(job, folder.parent, cache_dir, device, world, observer)
+    ground = open_ground(job, folder.parent, cache_dir, device, world, observer, shared)
     with world.together():
         state = course.enter(ground, job, folder, observer)
     with world.together():
@@ -102,16 +105,19 @@ def open_ground(
     device: torch.device,
     world: World,
     observer: Observer,
+    shared: store.SharedBases | None = None,
 ) -> Ground:
     """Prepare the data and load the base, on every worker or on none.
 
     Args:
         job: says which.
-        output_dir: where machines of one run find what one of them has quantized.
+        output_dir: where machines of one run find what one of them has quantized, unless
+            `shared` says it.
         cache_dir: where this machine keeps quantized bases and tokenized data.
         device: what this process trains on.
         world: this process among the workers.
         observer: hears what the user should know.
+        shared: quantized bases that all machines of the run reach.
 
     Raises:
         RefusedError: the model, the data or the settings cannot be trained.
@@ -132,7 +138,7 @@ def open_ground(
     memory.return_freed_memory()
     # Quantized once: by the leader, whose machine's other workers find it in their store; other
     # machines fetch it from beside the run.
-    shared = output_dir / ".bases" if world.nodes > 1 else None
+    shared = (shared or store.SharedFolder(output_dir / ".bases")) if world.nodes > 1 else None
     with world.together():
         if world.leads:
             store.ensure(origin, job.quantization, dtype, bases_dir, say, shared)
