@@ -12,6 +12,7 @@ from typing import Any
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from orchestrator.cluster.elastic import LivingNodes
 from orchestrator.cluster.plan import WorkerPlan, plan_workers
 from orchestrator.cluster.session import Session, check_kept, session
 from orchestrator.cluster.worker import train
@@ -21,10 +22,12 @@ from orchestrator.storage.place import Place, command_place
 from orchestrator.tracking.journal import journal_path
 from orchestrator.tracking.observer import stop_path
 
-_CONTROLLER_FAILURES = 3
 _START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 # Ray's own is a minute; a cloud takes longer to bring a machine with a GPU, or others to end.
 _START_SECONDS = {"there": 300, "to come": 1800}
+_START_RETRIES = 3
+# An elastic run waits as long in all, but asks this often whether it must start with fewer workers.
+_ELASTIC_START_SECONDS = 60
 # How often an elastic run looks whether it can have more workers; each change restarts them.
 _RESIZE_SECONDS = 30.0
 # Between waits the main thread runs the handlers of signals.
@@ -48,7 +51,7 @@ def run(job: JobConfig, run_dir: Path, say: Callable[[str], None]) -> dict[str, 
     """
     with session(job.cluster.address, say) as here:
         check_kept(run_dir)
-        plan = plan_workers(job.cluster, here.here, here.most, here.own)
+        plan = plan_workers(job.cluster, here.nodes, here.most, here.own)
         return run_workers(job, run_dir, plan, here, say, train, {})
 
 
@@ -79,9 +82,11 @@ def run_workers(
         OrchestratorError: what the leading worker raised, or that workers kept dying.
     """
     with _proof(command_place(job, run_dir, trains=False)) as proof:
-        _tell(plan, here, say)
+        seconds, retries = _patience(plan, grows=_tell(plan, here, say) or here.most is not None)
+        config = {**more, **_loop_config(job, run_dir, plan, proof)}
         try:
-            outcome = _wait(job, run_dir, _trainer(job, run_dir, plan, proof, work, more))
+            with _start_timeout(seconds):
+                outcome = _wait(job, run_dir, _trainer(job, run_dir, plan, retries, work, config))
         finally:
             shutil.rmtree(run_dir / ".ray", ignore_errors=True)
     if isinstance(outcome, OrchestratorError):
@@ -102,9 +107,8 @@ def _proof(place: Place) -> Iterator[str]:
         place.remove(proof)
 
 
-def _tell(plan: WorkerPlan, here: Session, say: Callable[[str], None]) -> None:
-    """Say that the job waits, and what for."""
-    os.environ.setdefault(_START_TIMEOUT, str(_START_SECONDS["there"]))
+def _tell(plan: WorkerPlan, here: Session, say: Callable[[str], None]) -> bool:
+    """Say that the job waits, and what for; whether it does."""
     free = ray.available_resources()
     missing = {
         name: plan.least * amount - free.get(name, 0.0)
@@ -112,10 +116,36 @@ def _tell(plan: WorkerPlan, here: Session, say: Callable[[str], None]) -> None:
         if plan.least * amount > free.get(name, 0.0)
     }
     if missing:
-        os.environ[_START_TIMEOUT] = str(_START_SECONDS["to come"])
         wanted = " and ".join(f"{amount:g} more {name}s" for name, amount in missing.items())
         how = "the autoscaler adds them" if plan.waits else "others free them"
         say(f"Waiting for {wanted}: the cluster has {here.here}; {how}")
+    return bool(missing)
+
+
+def _patience(plan: WorkerPlan, grows: bool) -> tuple[int, int]:
+    """Seconds that workers may take to start, and how often they may take longer.
+
+    Args:
+        plan: how many workers.
+        grows: whether what they need is still to come, now or when a node has died.
+    """
+    seconds = _START_SECONDS["to come" if grows else "there"]
+    if not plan.elastic:
+        return seconds, _START_RETRIES
+    return _ELASTIC_START_SECONDS, _START_RETRIES * seconds // _ELASTIC_START_SECONDS
+
+
+@contextmanager
+def _start_timeout(seconds: int) -> Iterator[None]:
+    """Ray Train reads it from the environment, where the user's own word stands."""
+    if _START_TIMEOUT in os.environ:
+        yield
+        return
+    os.environ[_START_TIMEOUT] = str(seconds)
+    try:
+        yield
+    finally:
+        del os.environ[_START_TIMEOUT]
 
 
 def _wait(job: JobConfig, run_dir: Path, trainer: TorchTrainer) -> Any:
@@ -150,27 +180,31 @@ def _written(run_dir: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
+def _loop_config(job: JobConfig, run_dir: Path, plan: WorkerPlan, proof: str) -> dict[str, Any]:
+    """What each worker is told."""
+    return {
+        "job": job,
+        "run_dir": str(run_dir),
+        "working_dir": os.getcwd(),
+        "proof": proof,
+        "gpus": plan.gpus,
+        "collective_timeout": job.cluster.collective_timeout,
+        # Who sets OMP_NUM_THREADS means it; Ray would set it to the worker's CPUs.
+        "threads": int(os.environ.get("OMP_NUM_THREADS") or plan.threads),
+    }
+
+
 def _trainer(
     job: JobConfig,
     run_dir: Path,
     plan: WorkerPlan,
-    proof: str,
+    retries: int,
     work: Callable[[dict[str, Any]], Any],
-    more: dict[str, Any],
+    config: dict[str, Any],
 ) -> TorchTrainer:
     return TorchTrainer(
         work,
-        train_loop_config={
-            **more,
-            "job": job,
-            "run_dir": str(run_dir),
-            "working_dir": os.getcwd(),
-            "proof": proof,
-            "gpus": plan.gpus,
-            "collective_timeout": job.cluster.collective_timeout,
-            # Who sets OMP_NUM_THREADS means it; Ray would set it to the worker's CPUs.
-            "threads": int(os.environ.get("OMP_NUM_THREADS") or plan.threads),
-        },
+        train_loop_config=config,
         # Workers agree over gloo; where they have GPUs they sum gradients in a group of NCCL's.
         torch_config=TorchConfig(backend="gloo", timeout_s=int(job.cluster.collective_timeout)),
         scaling_config=ray.train.ScalingConfig(
@@ -184,9 +218,9 @@ def _trainer(
             name=f"{job.name}-{uuid.uuid4().hex[:8]}",
             storage_path=str(run_dir / ".ray"),
             failure_config=ray.train.FailureConfig(
-                max_failures=job.cluster.max_failures,
-                controller_failure_limit=_CONTROLLER_FAILURES,
+                max_failures=job.cluster.max_failures, controller_failure_limit=retries
             ),
+            callbacks=[LivingNodes(plan.least)] if plan.elastic else [],
         ),
     )
 

@@ -30,17 +30,31 @@ class _Drain:
 
     def __init__(self) -> None:
         self._told: Any = None
+        self._context = _preemption_context()
+
+    @property
+    def heard(self) -> bool:
+        """Whether notices reach this process."""
+        return self._context is not None
 
     def noticed(self) -> bool:
         """True once for each notice. Reads this process's memory only, so every step may ask."""
-        # The public function is a barrier of all workers with a call to an actor in it; the
-        # workers agree on the answer in a collective of their own.
-        from ray.train.v2._internal.execution.context import get_train_context
-
-        notice = get_train_context().preemption_context.preemption_info
+        notice = self._context and self._context.preemption_info
         fresh = notice is not None and notice != self._told
         self._told = notice
         return fresh
+
+
+def _preemption_context() -> Any:
+    """Where Ray Train leaves its notices in a worker; None in a release that has it elsewhere."""
+    # The public function is a barrier of all workers with a call to an actor in it; the workers
+    # agree on the answer in a collective of their own.
+    try:
+        from ray.train.v2._internal.execution.context import get_train_context
+
+        return get_train_context().preemption_context
+    except (ImportError, AttributeError):
+        return None
 
 
 class Follower(StopOnly):
@@ -76,6 +90,12 @@ class Leader(JournalObserver):
         self._log = _logger()
         self._name = name
         self._sampler = SystemSampler(self.emit)
+        if not self._drain.heard:
+            self.emit(
+                "warning",
+                message="This release of Ray does not tell its workers that a node is drained: "
+                "what was done since the last checkpoint is done again when the node is gone",
+            )
 
     def emit(self, event: str, **fields: Any) -> None:
         """Append one event, and show it to who watches Ray."""

@@ -1,9 +1,13 @@
 """How many workers a job gets, with what each. Pure arithmetic, no Ray."""
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from orchestrator.config import ClusterConfig
 from orchestrator.errors import RefusedError
+
+# Ray counts in ten-thousandths: a tenth of a GPU fits on it ten times.
+_ROUNDING = 1e-4
 
 
 @dataclass(frozen=True)
@@ -15,6 +19,12 @@ class Resources:
 
     def __str__(self) -> str:
         return f"{self.cpus:g} CPUs and {self.gpus:g} GPUs"
+
+    @property
+    def named(self) -> dict[str, float]:
+        """In Ray's words, without what there is none of."""
+        named = {"CPU": self.cpus, "GPU": self.gpus}
+        return {name: amount for name, amount in named.items() if amount}
 
 
 @dataclass(frozen=True)
@@ -36,58 +46,84 @@ class WorkerPlan:
         return self.workers if isinstance(self.workers, int) else self.workers[0]
 
     @property
+    def elastic(self) -> bool:
+        """Whether the run goes on with fewer workers, and grows."""
+        return not isinstance(self.workers, int)
+
+    @property
     def resources(self) -> dict[str, float]:
         """Resources of one worker, in Ray's words."""
-        own = {"CPU": self.cpus}
-        return {**own, "GPU": self.gpus} if self.gpus else own
+        return Resources(self.cpus, self.gpus).named
 
 
 def plan_workers(
-    config: ClusterConfig, here: Resources, most: Resources | None, own: bool
+    config: ClusterConfig, nodes: Sequence[Resources], most: Resources | None, own: bool
 ) -> WorkerPlan:
     """Workers for a cluster.
 
     Args:
         config: the job's `cluster` section.
-        here: what the cluster has now.
-        most: what its autoscaler may bring it to; None where there is none.
+        nodes: what each node of the cluster has now.
+        most: what its autoscaler may bring it to in all; None where there is none.
         own: whether the cluster was started for this job alone; its workers then use all cores.
 
     Raises:
         RefusedError: the job asks for more than the cluster can ever have.
     """
+    here = total(nodes)
     reach = (
         here if most is None else Resources(max(here.cpus, most.cpus), max(here.gpus, most.gpus))
     )
-    per_worker = _gpus_per_worker(config, reach.gpus)
-    workers = _workers(config, per_worker, here, reach)
+    worker = Resources(config.cpus_per_worker, _gpus_per_worker(config, reach.gpus))
+    workers = _workers(config, worker.gpus, nodes, reach)
     least = workers if isinstance(workers, int) else workers[0]
-    if not _fit(least, per_worker, config.cpus_per_worker, reach):
-        grown = "" if most is None else f", {reach} with all that its autoscaler may add"
+    # How large the nodes are that an autoscaler adds is not known before.
+    held = places((node.named for node in nodes), worker.named)
+    able = held if most is None else places([reach.named], worker.named)
+    if able < least:
+        limit = f"whose nodes hold {held} of them"
+        if most is not None:
+            limit = f"{reach} with all that its autoscaler may add"
         raise RefusedError(
-            f"cluster.workers: {least} workers of {config.cpus_per_worker:g} CPUs and "
-            f"{per_worker:g} GPUs were asked for; the cluster has {here}{grown}"
+            f"cluster.workers: {least} workers of {worker} were asked for; the cluster has "
+            f"{here}, {limit}"
         )
-    share = int(here.cpus // least) if own else int(config.cpus_per_worker)
-    waits = not _fit(least, per_worker, config.cpus_per_worker, here)
-    return WorkerPlan(workers, per_worker, config.cpus_per_worker, max(1, share), waits)
+    share = int(here.cpus // least) if own else int(worker.cpus)
+    return WorkerPlan(workers, worker.gpus, worker.cpus, max(1, share), held < least)
+
+
+def total(nodes: Iterable[Resources]) -> Resources:
+    """What nodes have in all."""
+    listed = list(nodes)
+    return Resources(sum(node.cpus for node in listed), sum(node.gpus for node in listed))
+
+
+def places(nodes: Iterable[Mapping[str, float]], worker: Mapping[str, float]) -> int:
+    """How many workers nodes hold, each worker whole on one of them.
+
+    Args:
+        nodes: the resources of each, by Ray's names.
+        worker: the resources of one worker.
+    """
+    return sum(
+        min(int(node.get(name, 0.0) / amount + _ROUNDING) for name, amount in worker.items())
+        for node in nodes
+    )
 
 
 def _workers(
-    config: ClusterConfig, per_worker: float, here: Resources, reach: Resources
+    config: ClusterConfig, per_worker: float, nodes: Sequence[Resources], reach: Resources
 ) -> int | tuple[int, int]:
     if config.workers != "auto":
         return config.workers
     if not per_worker:
         return 1
-    if here.gpus >= per_worker:
-        return int(here.gpus // per_worker)
+    gpus = {"GPU": per_worker}
+    there = places((node.named for node in nodes), gpus)
+    if there:
+        return there
     # All GPUs are still to come: begin with the first, and grow.
-    return (1, max(1, int(reach.gpus // per_worker)))
-
-
-def _fit(workers: int, gpus: float, cpus: float, there: Resources) -> bool:
-    return workers * gpus <= there.gpus and workers * cpus <= there.cpus
+    return (1, max(1, places([reach.named], gpus)))
 
 
 def _gpus_per_worker(config: ClusterConfig, gpus: float) -> float:

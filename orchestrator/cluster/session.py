@@ -12,7 +12,7 @@ from typing import Any
 
 import ray
 
-from orchestrator.cluster.plan import Resources
+from orchestrator.cluster.plan import Resources, total
 from orchestrator.errors import OrchestratorError, RefusedError, first_line
 
 _JOIN = (
@@ -29,12 +29,18 @@ _WORKER_NICENESS = "RAY_worker_niceness"
 class Session:
     """A Ray session. `own` is True where this process started Ray for itself.
 
-    most: what the cluster's autoscaler may bring it to; None where there is no autoscaler.
+    nodes: what each node has. most: what the cluster's autoscaler may bring it to; None where there
+    is no autoscaler.
     """
 
     own: bool
-    here: Resources
+    nodes: tuple[Resources, ...]
     most: Resources | None
+
+    @property
+    def here(self) -> Resources:
+        """What the cluster has now."""
+        return total(self.nodes)
 
 
 @contextmanager
@@ -48,7 +54,8 @@ def session(address: str, say: Callable[[str], None]) -> Iterator[Session]:
     with _own_sigterm():
         own = _connect(address, say)
     try:
-        yield Session(own, _resources(ray.cluster_resources()), _most())
+        nodes = (node["Resources"] for node in ray.nodes() if node["Alive"])
+        yield Session(own, tuple(map(_resources, nodes)), _most())
     finally:
         ray.shutdown()
 

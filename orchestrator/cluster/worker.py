@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -97,28 +96,14 @@ def _device(gpus: float) -> Any:
 
 
 def _world(device: Any, timeout: float) -> Any:
-    """This worker among the others; on GPUs gradients go through NCCL."""
+    """This worker among the others of Ray Train's group."""
     import ray.train
-    import torch.distributed as dist
 
-    from orchestrator.training.collective import World
+    from orchestrator.training.collective import join
 
     context = ray.train.get_context()
-    rank, size = context.get_world_rank(), context.get_world_size()
-    if size == 1:
-        return World()
-    devices: list[Any] = [None] * size
-    dist.all_gather_object(devices, (device.type, ray.get_runtime_context().get_node_id()))
-    kinds = {kind for kind, _ in devices}
-    if len(kinds) > 1:
-        raise RefusedError(
-            "cluster.gpus_per_worker: some workers see a GPU and some do not; Ray's GPUs must be "
-            "real on all nodes or on none"
-        )
-    tensors = None
-    if kinds == {"cuda"}:
-        tensors = dist.new_group(backend="nccl", timeout=timedelta(seconds=timeout))
-    return World(rank, size, len({node for _, node in devices}), tensors)
+    node = ray.get_runtime_context().get_node_id()
+    return join(context.get_world_rank(), context.get_world_size(), device, node, timeout)
 
 
 def _check_shared(place: Place, proof: str) -> None:

@@ -70,7 +70,7 @@ def run(job: JobConfig, run_dir: Path, say: Callable[[str], None]) -> dict[str, 
     with session(job.cluster.address, say) as here:
         check_kept(run_dir)
         if space.is_shared(job):
-            plan = plan_workers(job.cluster, here.here, here.most, here.own)
+            plan = plan_workers(job.cluster, here.nodes, here.most, here.own)
             count = places.shared(
                 job, plan.gpus > 0, plan_job(job, calibrate=False).concurrent_trials
             )

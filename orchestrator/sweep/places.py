@@ -36,7 +36,7 @@ def isolated(job: JobConfig, here: Session) -> tuple[WorkerPlan, int]:
     # All GPUs for each trial in turn would leave most of them waiting for a small job's steps.
     workers = 1 if cluster.workers == "auto" else cluster.workers
     plan = plan_workers(
-        cluster.model_copy(update={"workers": workers}), here.here, here.most, here.own
+        cluster.model_copy(update={"workers": workers}), here.nodes, here.most, here.own
     )
     room = max(1, _runs(plan, here.here))
     if sweep.concurrent == "auto":

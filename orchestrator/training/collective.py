@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from orchestrator.errors import OrchestratorError, WorkerLostError, first_line
+from orchestrator.errors import OrchestratorError, RefusedError, WorkerLostError, first_line
 
 # Quantizing a very large base is the longest that workers wait for one of them.
 _LONGEST_PART = timedelta(hours=4)
@@ -132,6 +132,37 @@ class World:
             error = next((found for found in errors if found is not None), None)
         if error is not None:
             raise error
+
+
+def join(rank: int, size: int, device: torch.device, node: str, timeout: float) -> World:
+    """Meet the others of torch's default process group; on GPUs tensors are summed by NCCL.
+
+    Args:
+        rank: this process's place.
+        size: number of processes; one alone needs no group.
+        device: what this process trains on.
+        node: the machine it runs on, by whatever name.
+        timeout: seconds of silence after which NCCL counts a worker as dead.
+
+    Raises:
+        RefusedError: some train on a GPU and some do not.
+        WorkerLostError: a worker died or is silent for longer than the group's timeout.
+    """
+    if size == 1:
+        return World()
+    found: list[Any] = [None] * size
+    tensors = None
+    with _others_may_be_lost():
+        dist.all_gather_object(found, (device.type, node))
+        kinds = {kind for kind, _ in found}
+        if kinds == {"cuda"}:
+            tensors = dist.new_group(backend="nccl", timeout=timedelta(seconds=timeout))
+    if len(kinds) > 1:
+        raise RefusedError(
+            "cluster.gpus_per_worker: some workers see a GPU and some do not; Ray's GPUs must be "
+            "real on all nodes or on none"
+        )
+    return World(rank, size, len({name for _, name in found}), tensors)
 
 
 @contextmanager

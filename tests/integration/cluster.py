@@ -60,6 +60,7 @@ class RayCluster:
     port: int = field(default_factory=free_port)
     dashboard: int = field(default_factory=free_port)
     nodes: list[Node] = field(default_factory=list)
+    _added: int = 0
 
     def __post_init__(self) -> None:
         options = ["--head", f"--port={self.port}"]
@@ -88,18 +89,18 @@ class RayCluster:
 
     def add(self, cpus: int = 2, gpus: int = 0) -> Node:
         """Join a node and wait until Ray counts it."""
-        before = len(self.alive())
-        mark = f"node{len(self.nodes)}"
+        self._added += 1
+        mark = f"node{self._added}"
         options = [f"--address={self.address}", f"--num-cpus={cpus}", f"--num-gpus={gpus}"]
         options += [f"--resources={json.dumps({mark: 1})}"]
         node = self._start(mark, options)
         self.nodes.append(node)
-        wait_until(lambda: len(self.alive()) > before, f"{mark} joined", SECONDS, 0.2)
+        wait_until(lambda: bool(self._find(mark)), f"{mark} joined", SECONDS, 0.2)
         return node
 
     def drain(self, node: Node, seconds: int) -> None:
         """Tell Ray, as a cloud does, that the node goes away in so many seconds."""
-        (found,) = [n for n in self.alive() if node.mark in n["resourcesTotal"]]
+        (found,) = self._find(node.mark)
         options = ["drain-node", f"--address={self.address}", f"--node-id={found['nodeId']}"]
         options += ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot"]
         options += [f"--deadline-remaining-seconds={seconds}"]
@@ -139,11 +140,19 @@ class RayCluster:
             data: dict[str, Any] = json.load(answer)["data"]
         return data
 
+    def kill(self, node: Node) -> None:
+        """The node dies."""
+        node.kill()
+        self.nodes.remove(node)
+
     def close(self) -> None:
         for node in reversed([self.head, *self.nodes]):
             if node.process.poll() is None:
                 node.kill()
             shutil.rmtree(node.temporary, ignore_errors=True)
+
+    def _find(self, mark: str) -> list[dict[str, Any]]:
+        return [node for node in self.alive() if mark in node["resourcesTotal"]]
 
     def _start(self, mark: str, options: list[str]) -> Node:
         cache = self.folder / f"cache-{mark}"

@@ -1,0 +1,48 @@
+"""How many workers a job gets on a cluster."""
+
+import pytest
+
+from orchestrator.cluster.plan import Resources, places, plan_workers
+from orchestrator.config import ClusterConfig
+from orchestrator.errors import RefusedError
+
+HEAD = Resources(cpus=8, gpus=0)
+GPU_NODE = Resources(cpus=8, gpus=4)
+
+
+def test_auto_takes_every_gpu_there_is() -> None:
+    plan = plan_workers(ClusterConfig(), [HEAD, GPU_NODE, GPU_NODE], None, own=False)
+    assert plan.workers == 8 and not plan.elastic and not plan.waits
+    assert plan.resources == {"CPU": 1, "GPU": 1}
+
+
+def test_auto_takes_one_cpu_worker_with_all_cores_where_there_is_no_gpu() -> None:
+    plan = plan_workers(ClusterConfig(), [HEAD], None, own=True)
+    assert plan.workers == 1 and plan.threads == 8 and plan.resources == {"CPU": 1}
+
+
+def test_auto_begins_with_the_first_gpu_that_an_autoscaler_adds() -> None:
+    plan = plan_workers(ClusterConfig(), [HEAD], Resources(100, 16), own=False)
+    assert plan.workers == (1, 16) and plan.elastic and plan.least == 1 and plan.waits
+
+
+def test_an_elastic_job_may_ask_for_more_than_there_is_but_not_as_its_least() -> None:
+    plan = plan_workers(ClusterConfig(workers=(2, 64)), [GPU_NODE], None, own=False)
+    assert plan.workers == (2, 64) and not plan.waits
+    with pytest.raises(RefusedError, match="8 CPUs and 4 GPUs"):
+        plan_workers(ClusterConfig(workers=(5, 64)), [GPU_NODE], None, own=False)
+
+
+def test_what_only_the_sum_of_the_nodes_could_hold_is_refused() -> None:
+    """Two GPUs on each of two nodes hold no worker of four."""
+    small = Resources(cpus=8, gpus=2)
+    job = ClusterConfig(workers=1, gpus_per_worker=4)
+    with pytest.raises(RefusedError, match="whose nodes hold 0 of them"):
+        plan_workers(job, [small, small], None, own=False)
+    # An autoscaler may add a larger one.
+    assert plan_workers(job, [small, small], Resources(64, 16), own=False).waits
+
+
+@pytest.mark.parametrize(("share", "held"), [(0.1, 10), (0.3, 3), (1.0, 1), (2.0, 0)])
+def test_shares_of_a_gpu(share: float, held: int) -> None:
+    assert places([{"CPU": 16, "GPU": 1}], {"CPU": 1, "GPU": share}) == held
