@@ -14,10 +14,12 @@ from tempfile import mkdtemp
 from typing import Any
 
 import psutil
+from tenacity import Retrying, retry_if_exception_type
+from tenacity.stop import stop_after_attempt
 
 from tests.integration.conftest import free_port, wait_until
 
-SECONDS = 90
+SECONDS = 240
 RAY = [sys.executable, "-c", "from ray.scripts.scripts import main; main()"]
 
 
@@ -49,6 +51,10 @@ class Node:
         """The training workers that run on this node."""
         found = psutil.Process(self.process.pid).children(recursive=True)
         return [p for p in found if "RayTrainWorker" in _command(p)]
+
+
+class NodeEnded(Exception):
+    """A node ended before it had joined."""
 
 
 @dataclass
@@ -89,13 +95,29 @@ class RayCluster:
 
     def add(self, cpus: int = 2, gpus: int = 0) -> Node:
         """Join a node and wait until Ray counts it."""
+        # On a machine with much to do one may miss the 30 seconds that Ray gives it.
+        for attempt in Retrying(
+            retry=retry_if_exception_type(NodeEnded), stop=stop_after_attempt(3), reraise=True
+        ):
+            with attempt:
+                node = self._join(cpus, gpus)
+        return node
+
+    def _join(self, cpus: int, gpus: int) -> Node:
         self._added += 1
         mark = f"node{self._added}"
         options = [f"--address={self.address}", f"--num-cpus={cpus}", f"--num-gpus={gpus}"]
         options += [f"--resources={json.dumps({mark: 1})}"]
         node = self._start(mark, options)
         self.nodes.append(node)
-        wait_until(lambda: bool(self._find(mark)), f"{mark} joined", SECONDS, 0.2)
+
+        def joined() -> bool:
+            if node.process.poll() is not None:
+                self.nodes.remove(node)
+                raise NodeEnded((self.folder / f"{mark}.log").read_text())
+            return bool(self._find(mark))
+
+        wait_until(joined, f"{mark} joined", SECONDS, 0.2)
         return node
 
     def drain(self, node: Node, seconds: int) -> None:
@@ -163,6 +185,8 @@ class RayCluster:
         # A node is lost when it has been silent for a few seconds, not for half a minute.
         environment["RAY_health_check_period_ms"] = "1000"
         environment["RAY_health_check_failure_threshold"] = "5"
+        # Ray's own is the lowest: whatever else this machine does would stop the workers.
+        environment["RAY_worker_niceness"] = "0"
         # Metrics are to be had every second, not every ten.
         environment["RAY_metrics_report_interval_ms"] = "1000"
         # As on a machine of its own: nodes that share a folder overwrite what a job sends. The path
