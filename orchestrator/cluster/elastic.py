@@ -3,7 +3,7 @@
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from tenacity import Retrying, retry_if_result
 from tenacity.stop import stop_after_delay
@@ -25,7 +25,7 @@ class LivingNodes(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc
     """
 
     def __init__(self, least: int) -> None:
-        """With `least` workers the run may go on."""
+        """With fewer workers than `least` the run does not go on."""
         self._least = least
         self._workers: list[Any] = []
 
@@ -53,11 +53,12 @@ def _wait_for_news(workers: list[Any]) -> None:
 
 
 def _is_known(worker: Any) -> bool:
+    """Whether a worker answers or is dead; one that is unavailable may be either."""
     try:
         ray.get(worker.__ray_ready__.remote(), timeout=_ANSWER_SECONDS)
     except (ActorUnavailableError, GetTimeoutError):
         return False
-    except ActorDiedError:
+    except RayActorError:
         return True
     return True
 
