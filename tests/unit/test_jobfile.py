@@ -234,7 +234,7 @@ def test_a_mapping_obeys_the_same_checks() -> None:
 
 
 def test_shipped_jobs_parse_and_survive_a_round_trip(tmp_path: Path) -> None:
-    files = list(JOBS.rglob("*.yaml"))
+    files = list((JOBS / "examples").rglob("*.yaml"))
     assert files
     for file in files:
         job = load_job(file)
