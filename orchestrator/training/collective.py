@@ -96,6 +96,19 @@ class World:
             dist.all_reduce(votes, op=dist.ReduceOp.MAX)
         return [bool(vote) for vote in votes.tolist()]
 
+    def least(self, value: int) -> int:
+        """The least of all workers' values.
+
+        Raises:
+            WorkerLostError: as `sum`.
+        """
+        if self.size == 1:
+            return value
+        found = torch.tensor([value])
+        with _others_may_be_lost():
+            dist.all_reduce(found, op=dist.ReduceOp.MIN)
+        return int(found.item())
+
     def from_leader(self, value: Any) -> Any:
         """The leader's value, on every worker.
 

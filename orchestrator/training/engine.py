@@ -2,24 +2,34 @@
 
 A step's examples are dealt to the workers by tokens, each worker lays its own out in rows, each
 row is one forward and backward pass. The losses are normalised by each tenant's own targets over
-all workers, so neither the deal nor the cut shows in the result.
+all workers, so neither the deal nor the cut shows in the result. So where memory runs out in a
+pass, the rows are made shorter and passed again from the step's start.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from orchestrator.data.batches import deal
+from orchestrator.errors import TrainingError
 from orchestrator.model.adapters import Adapter, AdapterSet
 from orchestrator.model.base import Base
 from orchestrator.model.loss import token_losses
 from orchestrator.model.packed import hidden_states
+from orchestrator.training import memory
 from orchestrator.training.collective import World
 from orchestrator.training.rows import Row, Segment, arrange, build
 from orchestrator.training.tenant import Tenant, Update
+
+_NOTHING_SHORTER = (
+    "Out of memory in passes no longer than the longest example, which has {} tokens. Set "
+    "training.gradient_checkpointing to true, lora.rank or data.max_length lower, or take a "
+    "device with more memory; `orchestrator plan` says what fits"
+)
 
 
 @dataclass(frozen=True)
@@ -32,14 +42,23 @@ class StepResult:
     update: Update | None
 
 
-@dataclass(frozen=True)
+def _not_told(before: int, after: int) -> None:
+    return
+
+
+@dataclass
 class Engine:
-    """What every pass needs. `tokens_per_pass` bounds a row; `world` sums over the workers."""
+    """What every pass needs; only `tokens_per_pass` changes, and only downwards.
+
+    world: sums over the workers. tokens_per_pass: bounds a row. shortened: is told the budget
+    before and after memory ran out.
+    """
 
     base: Base
     adapters: AdapterSet
     world: World
     tokens_per_pass: int
+    shortened: Callable[[int, int], None] = _not_told
 
     def step(
         self,
@@ -53,6 +72,9 @@ class Engine:
             tenants: who trains.
             batches: each tenant's segments, whose `tenant` is its place in `tenants`.
             steps: number of each tenant's optimizer step, from 1.
+
+        Raises:
+            TrainingError: memory ran out in passes no longer than the longest example.
         """
         targets = [_target_count(batch) for batch in batches]
         scales = [tenant.scaler.get_scale() for tenant in tenants]
@@ -62,9 +84,18 @@ class Engine:
         )
         sums = torch.zeros(len(tenants), dtype=torch.float64, device=self.base.device)
         holders = [tenant.adapter for tenant in tenants]
-        for row in self._rows([segment for batch in batches for segment in batch]):
-            sums += self._train_row(row, holders, factors)
-        self.world.sum([*(holder.gradient for holder in holders), sums])
+
+        def train(row: Row) -> None:
+            sums.add_(self._train_row(row, holders, factors))
+
+        def forget() -> None:
+            sums.zero_()
+            for tenant in tenants:
+                tenant.discard()
+
+        everything = [segment for batch in batches for segment in batch]
+        totals = [*(holder.gradient for holder in holders), sums]
+        self._pass_and_sum(everything, train, forget, totals)
         results = []
         for tenant, batch, step, count, total in zip(
             tenants, batches, steps, targets, sums.tolist(), strict=True
@@ -78,22 +109,76 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, adapter: Adapter, segments: Sequence[Segment]) -> tuple[float, int]:
-        """Sum of the losses at the targets of `segments` (of tenant 0), and their number."""
+        """Sum of the losses at the targets of `segments` (of tenant 0), and their number.
+
+        Raises:
+            TrainingError: memory ran out in passes no longer than the longest example.
+        """
         total = torch.zeros(1, dtype=torch.float64, device=self.base.device)
-        for row in self._rows(segments):
+
+        def measure(row: Row) -> None:
             with self.adapters.active([(adapter, 0, -1)]):
                 hidden = hidden_states(self.base, row.tokens, row.lengths)
             ones = torch.ones(len(row.targets), device=hidden.device)
             picked = hidden.index_select(0, row.positions)
-            total += token_losses(picked, self.base.head, row.targets, ones)[1].double().sum()
-        self.world.sum([total])
+            losses = token_losses(picked, self.base.head, row.targets, ones)[1]
+            total.add_(losses.double().sum())
+
+        self._pass_and_sum(segments, measure, lambda: total.zero_(), [total])
         return total.item(), _target_count(segments)
 
-    def _rows(self, segments: Sequence[Segment]) -> list[Row]:
-        """This worker's share of the segments, by tokens, in rows."""
+    def _pass_and_sum(
+        self,
+        segments: Sequence[Segment],
+        work: Callable[[Row], None],
+        forget: Callable[[], Any],
+        totals: Sequence[Tensor],
+    ) -> None:
+        """Pass this worker's share of the segments, row by row, and sum `totals` over all workers.
+
+        Where memory runs out on any worker, all `forget` what they have done and begin again with
+        shorter rows. The word of it travels with the sum, in which the others wait already.
+        """
         lengths = [len(segment.example.ids) for segment in segments]
-        mine = [segments[place] for place in deal(lengths, self.world.size)[self.world.rank]]
-        return [build(row).to(self.base.device) for row in arrange(mine, self.tokens_per_pass)]
+        hands = [[segments[n] for n in hand] for hand in deal(lengths, self.world.size)]
+        while True:
+            rows = arrange(hands[self.world.rank], self.tokens_per_pass)
+            ran_out = self._runs_out(rows, work)
+            if ran_out:
+                # The sum needs room too.
+                memory.release_cached(self.base.device)
+            short = torch.tensor([float(ran_out)], device=self.base.device)
+            self.world.sum([*totals, short])
+            if not short.item():
+                return
+            forget()
+            self._shorten(hands)
+
+    def _shorten(self, hands: Sequence[Sequence[Segment]]) -> None:
+        """Take a smaller budget; every worker knows what all have, and comes to the same.
+
+        Raises:
+            TrainingError: no row is longer than the longest example.
+        """
+        rows = [row for hand in hands for row in arrange(hand, self.tokens_per_pass)]
+        sizes = [[len(segment.example.ids) for segment in row] for row in rows]
+        row, example = max(map(sum, sizes)), max(map(max, sizes))
+        if row == example:
+            raise TrainingError(_NOTHING_SHORTER.format(example))
+        budget = max(row // 2, example)
+        self.shortened(self.tokens_per_pass, budget)
+        self.tokens_per_pass = budget
+
+    def _runs_out(self, rows: Sequence[list[Segment]], work: Callable[[Row], None]) -> bool:
+        """Pass rows; whether memory ran out in between."""
+        try:
+            for row in rows:
+                work(build(row).to(self.base.device))
+        except (MemoryError, RuntimeError) as error:
+            if not memory.ran_out(error):
+                raise
+            return True
+        return False
 
     def _train_row(self, row: Row, holders: Sequence[Adapter], factors: Tensor) -> Tensor:
         """Forward and backward of one row; returns each tenant's sum of losses, float64 (k,)."""

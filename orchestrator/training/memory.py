@@ -1,6 +1,7 @@
 """Memory of this process: settings that pay, and what is used."""
 
 import ctypes
+import gc
 import platform
 import resource
 from pathlib import Path
@@ -8,9 +9,13 @@ from pathlib import Path
 import psutil
 import torch
 
+from orchestrator.plan.heap import MAPPED_BYTES
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEPT_BYTES = 1 << 30
 _RETURNED_BYTES = 1 << 20
+# Of torch's allocator for the CPU, of C++, and of CUDA's libraries.
+_NO_MEMORY = ("can't allocate memory", "std::bad_alloc", "ALLOC_FAILED", "out of memory")
 
 
 def return_freed_memory() -> None:
@@ -29,12 +34,29 @@ def keep_freed_memory() -> None:
     """Let glibc hand freed blocks out again instead of returning them to the kernel.
 
     On a CPU every activation is freed and allocated again in each layer; without this the kernel
-    zeroes the same pages again and again: some 5% of a step on two cores.
+    zeroes the same pages again and again: some 5% of a step on two cores. Blocks as large as the
+    loss's logits are few, and returned: they would leave holes that nothing fits.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        libc.mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
+        libc.mallopt(_M_MMAP_THRESHOLD, MAPPED_BYTES)
         libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error says that there is no memory left; on a CPU torch has no class for it."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in _NO_MEMORY)
+
+
+def release_cached(device: torch.device) -> None:
+    """Give back to the system what is free but kept, so that other sizes of blocks find room."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def reset_peak(device: torch.device) -> None:
@@ -67,10 +89,3 @@ def used_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     return psutil.Process().memory_info().rss
-
-
-def free_bytes(device: torch.device) -> int:
-    """Bytes that can still be had."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available

@@ -5,7 +5,6 @@ that was quantized beforehand. Peak is what the kernel calls VmHWM, from before 
 until some steps are done. Prints a table; exits 1 where a prediction is off by more than 10%.
 """
 
-import ctypes
 import json
 import os
 import subprocess
@@ -17,8 +16,6 @@ from typing import Any
 
 ALLOWED = 0.10
 STEPS = 3
-# To be set by training/memory.py; until then this is what the plan's heap stands for.
-_M_MMAP_THRESHOLD = -3
 
 
 @dataclass(frozen=True)
@@ -194,7 +191,6 @@ def _measure(case: Case, entry: Path) -> int:
 
     from orchestrator.model import base as bases
     from orchestrator.model.adapters import AdapterSet
-    from orchestrator.plan.heap import MAPPED_BYTES
     from orchestrator.training import budget, memory
     from orchestrator.training.collective import World
     from orchestrator.training.engine import Engine
@@ -204,7 +200,6 @@ def _measure(case: Case, entry: Path) -> int:
 
     device = torch.device("cpu")
     memory.keep_freed_memory()
-    ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, MAPPED_BYTES)
     memory.reset_peak(device)
     job = _job(case, entry)
     base = bases.load(entry, device)
