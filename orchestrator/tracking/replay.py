@@ -42,6 +42,8 @@ class Replay:
         self._handlers = {
             "start": self._start,
             "best": self._best,
+            "plan": self._plan,
+            "budget": self._budget,
             "adapter": self._adapter,
             "finish": self._finish,
             "files": self._files,
@@ -73,7 +75,7 @@ class Replay:
     def _start(self, event: Event) -> None:
         self._client.update_run(self._run_id, status="RUNNING")
         base, environment = event.get("base", {}), event.get("environment", {})
-        described = ("device", "workers", "trainable_parameters")
+        described = ("device", "workers", "trainable_parameters", "tokens_per_pass")
         self._set_tags(
             {
                 "state": "running",
@@ -92,6 +94,23 @@ class Replay:
         if (self._run_dir / "job.yaml").exists():
             text = redact((self._run_dir / "job.yaml").read_text())
             self._client.log_text(self._run_id, text, "job.yaml")
+
+    def _plan(self, event: Event) -> None:
+        names = ("fits", "gpu_bytes", "tokens_per_pass", "tokens_per_second")
+        tags = {f"plan.{name}": event[name] for name in names if name in event}
+        total = event.get("per_gpu_bytes", {}).get("total")
+        self._set_tags({**tags, "plan.total_bytes": total})
+        self._log_plan()
+
+    def _log_plan(self) -> None:
+        content = report.planned_and_measured(self._journal())
+        if content is not None:
+            self._client.log_dict(self._run_id, content, "plan.json")
+            measured = content["measured"]
+            self._set_tags({f"measured.{name}": value for name, value in measured.items()})
+
+    def _budget(self, event: Event) -> None:
+        self._set_tags({"tokens_per_pass": event.get("tokens_per_pass")})
 
     def _log_parameters(self, wanted: Mapping[str, str]) -> None:
         """MLflow's parameters never change; one that did since the run began becomes a tag."""
@@ -157,6 +176,7 @@ class Replay:
             self._client.log_figure(self._run_id, figure, "plots/loss.png")
         if event.get("error"):
             self._set_tags({"error": event["error"]})
+        self._log_plan()
         runs.remove_doubles(self._client, self._run_id, self.cursor.run_key)
         status = _STATUSES.get(event.get("status", ""), "FAILED")
         self._client.set_terminated(self._run_id, status, values.milliseconds(event))

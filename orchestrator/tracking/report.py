@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 Events = Sequence[dict[str, Any]]
+_MEASURED = ("peak_memory_bytes", "tokens_per_second")
 _COLUMNS = ("index", "prompt", "reference", "before", "after")
 
 
@@ -42,3 +43,14 @@ def sample_table(events: Events) -> dict[str, Any] | None:
         return None
     data = [[row[name] for name in _COLUMNS] for _, row in sorted(rows.items())]
     return {"columns": list(_COLUMNS), "data": data}
+
+
+def planned_and_measured(events: Events) -> dict[str, Any] | None:
+    """The newest plan beside what was then measured; None where nothing was planned."""
+    plans = [event for event in events if event["event"] == "plan"]
+    if not plans:
+        return None
+    planned = {name: value for name, value in plans[-1].items() if name not in ("event", "time")}
+    ends = [event for event in events if event["event"] == "finish" and event.get(_MEASURED[0])]
+    measured = {name: ends[-1].get(name) for name in _MEASURED} if ends else {}
+    return {"planned": planned, "measured": measured}

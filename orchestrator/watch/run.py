@@ -70,6 +70,12 @@ class Watch:
             )
         elif kind == "warning":
             self._console.print(event["message"], markup=False, highlight=False)
+        elif kind == "plan":
+            self._console.print(
+                f"Planned {event['per_gpu_bytes']['total'] / 2**30:.1f} of "
+                f"{event['gpu_bytes'] / 2**30:.1f} GiB, {event['tokens_per_pass']} tokens per pass",
+                highlight=False,
+            )
         elif kind == "data":
             self._console.print(event["summary"], markup=False, highlight=False)
 

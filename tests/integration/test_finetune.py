@@ -63,6 +63,11 @@ def test_one_command_gives_everything(
     _assert_delivered_once(run_dir, result["run_id"])
     artifacts = {a.path for a in client.list_artifacts(result["run_id"])}
     assert {"adapter", "plots", "samples.json", "job.yaml", "environment.json"} <= artifacts
+    planned = json.loads(Path(client.download_artifacts(result["run_id"], "plan.json")).read_text())
+    assert planned["measured"]["peak_memory_bytes"] == result["peak_memory_bytes"]
+    total = planned["planned"]["per_gpu_bytes"]["total"]
+    assert run.data.tags["plan.total_bytes"] == str(total)
+    assert run.data.tags["measured.peak_memory_bytes"] == str(result["peak_memory_bytes"])
     champion = client.get_model_version_by_alias("bot", "champion")
     assert str(champion.version) == result["model_version"] == "1"
 
