@@ -28,6 +28,10 @@ class ModelError(RefusedError):
     """The base model cannot be loaded, or its architecture is not supported."""
 
 
+class UnplannableError(RefusedError):
+    """What a model takes of memory cannot be foretold; whether it trains is another matter."""
+
+
 class CheckpointError(OrchestratorError):
     """A checkpoint cannot be written, or none that is left can be read."""
 

@@ -26,6 +26,11 @@ class ModelSource:
     identity: str
     trust_remote_code: bool
 
+    @property
+    def path(self) -> Path:
+        """The folder, or the .gguf file."""
+        return self.folder if self.gguf_file is None else self.folder / self.gguf_file
+
 
 def locate(config: ModelConfig, cache_dir: Path) -> ModelSource:
     """Find the model, downloading it where `base` is a hub id.

@@ -7,6 +7,8 @@ from typing import Any
 from orchestrator.config import JobConfig
 from orchestrator.plan.fit import STEP, Need, Settled, settle
 
+_CONCURRENT = "sweep.concurrent"
+
 
 def find(need: Need) -> tuple[str, ...]:
     """`--set` arguments that together make the job fit; empty where nothing does.
@@ -43,6 +45,10 @@ def _candidates(need: Need) -> Iterator[tuple[str, Any]]:
         while tokens >= STEP:
             yield "training.tokens_per_pass", tokens // STEP * STEP
             tokens //= 2
+    trials = need.trials // 2
+    while trials:
+        yield _CONCURRENT, trials
+        trials //= 2
     if not job.quantization.double_quant:
         yield "quantization.double_quant", True
     if job.quantization.compute_dtype == "float32" and need.machine.bfloat16:
@@ -62,12 +68,15 @@ def _candidates(need: Need) -> Iterator[tuple[str, Any]]:
 
 
 def _with(need: Need, changes: list[tuple[str, Any]]) -> Need:
-    job, longest = need.job, need.longest
+    job, longest, trials = need.job, need.longest, need.trials
     for key, value in changes:
+        if key == _CONCURRENT:
+            trials = value
+            continue
         job = _set(job, key, value)
         if key == "data.max_length":
             longest = min(longest, value)
-    return replace(need, job=job, longest=longest)
+    return replace(need, job=job, longest=longest, trials=trials)
 
 
 def _set(job: JobConfig, key: str, value: Any) -> JobConfig:

@@ -24,19 +24,27 @@ from orchestrator.processor import product_dtype
 # Tokens of a pass, on CUDA or not, from which on longer ones are no faster and take more memory.
 MOST_TOKENS = {True: 16384, False: 1024}
 STEP, MOST_TRIALS = 256, 64
+# Tenants beyond these wait for one another's passes: a CPU is busy with one, a GPU with a few. The
+# fewer are at work, the more each later trial can learn from those before it.
+MOST_AT_ONCE = {True: 16, False: 4}
 # A budget that is chosen for the user leaves the allocator room for holes between its blocks.
 _FILLED = 0.9
 
 
 @dataclass(frozen=True)
 class Need:
-    """A job on a device. `longest`: tokens of its longest example."""
+    """A job on a device.
+
+    longest: tokens of its longest example. most: tokens of all that a worker passes in a step,
+    where known.
+    """
 
     shape: Shape
     machine: Machine
     job: JobConfig
     trials: int
     longest: int
+    most: int | None = None
 
 
 @dataclass(frozen=True)
@@ -142,7 +150,7 @@ class Settled:
 
     def _row(self, longest: int) -> tuple[int, ...]:
         """A full row of examples that are as long as they may be."""
-        tokens = max(self.tokens, longest)
+        tokens = max(min(self.tokens, self.need.most or self.tokens), longest)
         whole, rest = divmod(tokens, longest)
         return (longest,) * whole + ((rest,) if rest else ())
 
@@ -178,11 +186,37 @@ def most_tenants(need: Need) -> int:
     )
 
 
+def trials_at_once(job: JobConfig, cuda: bool) -> int:
+    """Adapters that train at a time: one, or as many as the job's sweep wants at most."""
+    sweep = job.sweep
+    if sweep is None:
+        return 1
+    if sweep.concurrent != "auto":
+        return min(sweep.concurrent, sweep.trials)
+    # A population evolves together: whoever is not at work cannot be learnt from.
+    return sweep.trials if sweep.scheduler == "pbt" else min(MOST_AT_ONCE[cuda], sweep.trials)
+
+
+def sharing(job: JobConfig) -> int:
+    """Workers that share one GPU."""
+    share = job.cluster.gpus_per_worker
+    return max(1, round(1 / share)) if share != "auto" and 0 < share < 1 else 1
+
+
 def largest_rank(job: JobConfig) -> int:
     """The rank to plan for: the job's, or the largest that its sweep may try."""
-    domain = job.sweep.search_space.get("lora.rank", {}) if job.sweep else {}
+    return _largest_tried(job, "lora.rank", job.lora.rank)
+
+
+def largest_batch(job: JobConfig) -> int:
+    """The batch size to plan for: the job's, or the largest that its sweep may try."""
+    return _largest_tried(job, "training.batch_size", job.training.batch_size)
+
+
+def _largest_tried(job: JobConfig, key: str, own: int) -> int:
+    domain = job.sweep.search_space.get(key, {}) if job.sweep else {}
     values = [value for bounds in domain.values() for value in bounds]
-    return max([job.lora.rank, *(int(value) for value in values)])
+    return max([own, *(int(value) for value in values)])
 
 
 def _fits(settled: Settled, filled: float = 1.0) -> bool:

@@ -2,14 +2,15 @@
 
 from dataclasses import dataclass
 
+from orchestrator.plan.limits import free_bytes
 from orchestrator.processor import has_bfloat16
 
 # A process's CUDA context with its loaded kernels (torch, cuBLAS, bitsandbytes) and cuBLAS's
 # workspace. An assumption: not measured on a GPU yet.
 CUDA_CONTEXT = 2**29
 # What the first step pages in on a CPU beyond the imports: code of the kernels, the compiled
-# products of oneDNN, the model's classes. Measured on two Llama models, of 8 and of 30 layers.
-CPU_RUNTIME = 100 * 2**20
+# products of oneDNN, the model's classes. 40 to 80 MiB in two Llama models of 8 layers.
+CPU_RUNTIME = 80 * 2**20
 
 
 @dataclass(frozen=True)
@@ -29,27 +30,39 @@ class Machine:
         return 512 if self.cuda else 64
 
 
-def machine(gpu_memory: int | None, gpus: int | None) -> Machine:
+def machine(
+    gpu_memory: int | None, gpus: int | None, cuda: bool | None = None, sharing: int = 1
+) -> Machine:
     """The device to plan for.
 
     Args:
         gpu_memory: bytes of a GPU that need not be here; None takes the device at hand.
         gpus: their number; None takes what is here.
+        cuda: whether to train on the GPU at hand; None takes it where there is one.
+        sharing: processes of the job that share a device.
     """
     import torch
 
-    here = torch.cuda.is_available()
+    here = torch.cuda.is_available() if cuda is None else cuda
     count = gpus or (torch.cuda.device_count() if here else 1)
     if gpu_memory is not None:
-        return Machine(True, gpu_memory, CUDA_CONTEXT, count, True, False)
-    if here:
-        total = torch.cuda.get_device_properties(0).total_memory
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        return Machine(True, total, CUDA_CONTEXT, count, fast, True)
-    return _this_cpu(count)
+        return Machine(True, gpu_memory // sharing, CUDA_CONTEXT, count, True, False)
+    return _this_gpu(count, sharing) if here else _this_cpu(count, sharing)
 
 
-def _this_cpu(count: int) -> Machine:
+def _this_gpu(count: int, sharing: int) -> Machine:
+    """What is free of the present GPU, and what this process holds of it already."""
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    allowed = int(torch.cuda.get_per_process_memory_fraction() * total)
+    memory = min(free + torch.cuda.memory_reserved(), allowed) // sharing
+    fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    # The context of this process is there already, and no longer free.
+    return Machine(True, memory + CUDA_CONTEXT, CUDA_CONTEXT, count, fast, True)
+
+
+def _this_cpu(count: int, sharing: int) -> Machine:
     """This process's share of the machine: what is free, and what the process holds already."""
     # What a run imports too belongs to what a process of ours holds.
     import bitsandbytes  # noqa: F401
@@ -57,5 +70,5 @@ def _this_cpu(count: int) -> Machine:
     import transformers.quantizers.auto  # noqa: F401
 
     resident = psutil.Process().memory_info().rss
-    free = psutil.virtual_memory().available
-    return Machine(False, free + resident, resident + CPU_RUNTIME, count, has_bfloat16(), True)
+    memory = free_bytes(sharing) + resident
+    return Machine(False, memory, resident + CPU_RUNTIME, count, has_bfloat16(), True)

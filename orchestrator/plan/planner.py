@@ -1,11 +1,21 @@
 """`plan_job`: a job's bytes on one device, whether they fit, and what would make them fit."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from orchestrator.config import JobConfig
+from orchestrator.errors import UnplannableError
 from orchestrator.plan import advice as advices
-from orchestrator.plan.fit import Need, Settled, largest_rank, most_tenants, settle
+from orchestrator.plan.fit import (
+    MOST_TRIALS,
+    Need,
+    Settled,
+    largest_rank,
+    most_tenants,
+    settle,
+    sharing,
+    trials_at_once,
+)
 from orchestrator.plan.machine import machine
 from orchestrator.plan.parts import WIDTH
 from orchestrator.plan.shapes import read_shape
@@ -56,7 +66,7 @@ def plan_job(
     job: JobConfig,
     gpu_memory: int | None = None,
     gpus: int | None = None,
-    trials: int = 1,
+    trials: int | None = None,
     longest: int | None = None,
     calibrate: bool = True,
 ) -> Plan:
@@ -66,7 +76,7 @@ def plan_job(
         job: the resolved job.
         gpu_memory: bytes of a GPU that need not be here; None plans for the device at hand.
         gpus: number of devices; None takes the job's workers or what is here.
-        trials: adapters that train at once over one base.
+        trials: adapters that train at once over one base; None takes the sweep's, or one.
         longest: tokens of the longest example, where known; `data.max_length` otherwise.
         calibrate: time the device at hand for a moment, to say how long the job takes.
 
@@ -77,9 +87,44 @@ def plan_job(
     count = gpus or (workers if isinstance(workers, int) else None)
     if isinstance(workers, tuple):
         count = gpus or workers[1]
-    device = machine(gpu_memory, count)
     shape = read_shape(job.model)
-    need = Need(shape, device, job, trials, longest or job.data.max_length)
+    device = machine(gpu_memory, count, sharing=sharing(job))
+    need = Need(shape, device, job, trials or 1, longest or job.data.max_length)
+    if trials is None:
+        need = replace(need, trials=_trials(need))
+    return make_plan(need, calibrate)
+
+
+def trials_that_fit(job: JobConfig, cuda: bool) -> int:
+    """How many adapters at once fit the device at hand; MOST_TRIALS where it is not to be known.
+
+    Args:
+        job: the sweep's job.
+        cuda: whether it trains on GPUs; this machine may be one without.
+    """
+    import torch
+
+    if cuda and not torch.cuda.is_available():
+        return MOST_TRIALS
+    try:
+        shape = read_shape(job.model)
+        device = machine(None, None, cuda, sharing(job))
+        return most_tenants(Need(shape, device, job, 1, job.data.max_length))
+    except UnplannableError:
+        return MOST_TRIALS
+
+
+def _trials(need: Need) -> int:
+    """Adapters at a time: a sweep that leaves it open takes as many as fit."""
+    sweep, wanted = need.job.sweep, trials_at_once(need.job, need.machine.cuda)
+    if sweep is None or sweep.concurrent != "auto":
+        return wanted
+    return max(1, min(wanted, most_tenants(need)))
+
+
+def make_plan(need: Need, calibrate: bool = True) -> Plan:
+    """Plan what is needed; see `plan_job`."""
+    job, device, shape, trials = need.job, need.machine, need.shape, need.trials
     settled = settle(need)
     fits = settled.total <= device.memory
     timing = pace(settled) if calibrate and device.at_hand else Pace(None, None)

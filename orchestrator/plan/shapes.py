@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.config import ModelConfig
-from orchestrator.errors import ModelError, RefusedError, first_line
+from orchestrator.errors import ModelError, UnplannableError, first_line
 from orchestrator.plan.known import KNOWN
 from orchestrator.plan.standins import ATTENTION, register
 
@@ -56,7 +56,7 @@ def read_shape(config: ModelConfig) -> Shape:
     """The shape of a job's base.
 
     Raises:
-        RefusedError: the config is nowhere to be had, or is no causal language model's.
+        UnplannableError: the config is nowhere to be had, or is no causal language model's.
     """
     loaded = _read_config(config)
     trust = config.trust_remote_code
@@ -67,7 +67,7 @@ def build(config: Any, dtype: str = "bfloat16", trust_remote_code: bool = False)
     """The model of a config on the meta device, frozen, in training mode.
 
     Raises:
-        RefusedError: the config is no causal language model's.
+        UnplannableError: the config is no causal language model's.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -84,7 +84,7 @@ def build(config: Any, dtype: str = "bfloat16", trust_remote_code: bool = False)
                 trust_remote_code=trust_remote_code,
             )
     except (ValueError, KeyError, ImportError) as error:
-        raise ModelError(
+        raise UnplannableError(
             f"model.base: {type(config).__name__} cannot be planned: {first_line(error)}"
         ) from error
     for parameter in model.parameters():
@@ -96,7 +96,7 @@ def measure(model: Any) -> Shape:
     """The shape of a model on the meta device.
 
     Raises:
-        ModelError: it has no output head.
+        UnplannableError: it has no output head.
     """
     from torch import nn
     from transformers.pytorch_utils import Conv1D
@@ -105,7 +105,8 @@ def measure(model: Any) -> Shape:
 
     head = model.get_output_embeddings()
     if head is None:
-        raise ModelError(f"{type(model).__name__} is no causal language model with an output head")
+        name = type(model).__name__
+        raise UnplannableError(f"{name} is no causal language model with an output head")
     skipped = list(get_keys_to_not_convert(model))
     linears = []
     for name, module in model.named_modules():
@@ -153,7 +154,7 @@ def _read_config(config: ModelConfig) -> Any:
             trust_remote_code=config.trust_remote_code,
         )
     except (OSError, ValueError, KeyError) as error:
-        raise RefusedError(
+        raise UnplannableError(
             f"model.base: the config.json of {config.base} could not be read "
             f"({first_line(error)}). Check the name, HF_TOKEN and the network; or give a local "
             f"folder, a .gguf file, or one of the {len(KNOWN)} hub ids whose shape "

@@ -4,7 +4,7 @@ from orchestrator.plan.planner import Plan
 from orchestrator.plan.sizes import show_bytes
 
 _WORDS = {
-    "base": "4-bit base and dense parts",
+    "base": "base",
     "adapters": "adapters",
     "gradients": "gradients",
     "optimizer": "optimizer state",
@@ -13,37 +13,59 @@ _WORDS = {
     "overhead": "framework",
     "total": "total",
 }
+_DISK = {"base_store": "4-bit base", "checkpoints": "checkpoints", "adapter": "adapter"}
 
 
 def describe(plan: Plan) -> str:
     """The plan in a few lines."""
-    details = plan.details
+    details, parts = plan.details, plan.per_gpu_bytes
     on = "GPU" if details["device"] == "cuda" else "CPU"
     verdict = "fits" if plan.fits else "does not fit"
     lines = [
         f"{details['model']}: {details['parameters'] / 1e9:.2f}B parameters, "
         f"{details['trainable_parameters'] / 1e6:.1f}M trained",
-        f"{verdict}: {show_bytes(plan.per_gpu_bytes['total'])} of {show_bytes(plan.gpu_bytes)} "
-        f"on each {on}",
+        f"{verdict}: {show_bytes(parts['total'])} of {show_bytes(plan.gpu_bytes)} on each {on}",
     ]
-    for name, words in _WORDS.items():
-        lines.append(f"  {words:<28}{show_bytes(plan.per_gpu_bytes[name]):>12}")
+    lines += [f"  {words:<20}{show_bytes(parts[name]):>12}" for name, words in _WORDS.items()]
     experts = details["unquantized_experts_bytes"]
     if experts:
-        lines.append(f"{show_bytes(experts)} of it are fused experts, which stay unquantized")
+        lines.append(f"{show_bytes(experts)} of the base are fused experts, which stay unquantized")
     recomputed = "on" if details["gradient_checkpointing"] else "off"
     lines.append(
-        f"tokens per pass {plan.tokens_per_pass}, gradient checkpointing {recomputed}, "
-        f"up to {plan.concurrent_trials} trials at once"
+        f"counted with {_adapters(details['trials'])} of rank {details['rank']}, "
+        f"{plan.tokens_per_pass} tokens per pass, gradient checkpointing {recomputed}"
     )
-    lines.append(f"disk {show_bytes(plan.disk_bytes)}")
+    if plan.concurrent_trials:
+        lines.append(f"room for {_adapters(plan.concurrent_trials)} at once over this base")
+    disk = ", ".join(f"{show_bytes(size)} {_DISK[name]}" for name, size in details["disk"].items())
+    lines.append(f"disk: {disk}")
     if details["tokens_per_second"]:
         pace = f"about {details['tokens_per_second']:.0f} tokens/s"
         if details["seconds_at_most"]:
             pace += f", {details['seconds_at_most'] / 60:.0f} minutes at most"
         lines.append(pace)
-    if plan.advice:
-        lines.append("to make it fit: " + " ".join(f"--set {change}" for change in plan.advice))
-    elif not plan.fits:
-        lines.append("no setting of this job makes it fit; take a smaller model or a larger GPU")
+    if not plan.fits:
+        lines.append(_remedy(plan))
     return "\n".join(lines)
+
+
+def refusal(plan: Plan) -> str:
+    """Why a job is not begun: the numbers, and what would make it fit."""
+    parts = plan.per_gpu_bytes
+    largest = sorted((n for n in parts if n != "total"), key=lambda n: -parts[n])[:4]
+    listed = ", ".join(f"{_WORDS[name]} {show_bytes(parts[name])}" for name in largest)
+    on = "GPU" if plan.details["device"] == "cuda" else "process"
+    return (
+        f"The job does not fit: it takes {show_bytes(parts['total'])} of the "
+        f"{show_bytes(plan.gpu_bytes)} that each {on} has here ({listed}). {_remedy(plan)}"
+    )
+
+
+def _adapters(count: int) -> str:
+    return "1 adapter" if count == 1 else f"{count} adapters"
+
+
+def _remedy(plan: Plan) -> str:
+    if plan.advice:
+        return "To make it fit: " + " ".join(f"--set {change}" for change in plan.advice)
+    return "No setting of this job makes it fit; take a smaller model or a larger device"

@@ -10,7 +10,7 @@ from orchestrator.cluster.plan import WorkerPlan, plan_workers
 from orchestrator.cluster.session import Session, check_kept, session
 from orchestrator.config import JobConfig
 from orchestrator.errors import InterruptedRunError, OrchestratorError
-from orchestrator.plan import plan_job
+from orchestrator.plan import trials_that_fit
 from orchestrator.sweep import places, space
 from orchestrator.sweep.background import Background
 from orchestrator.sweep.launch import RunningEngine
@@ -71,9 +71,8 @@ def run(job: JobConfig, run_dir: Path, say: Callable[[str], None]) -> dict[str, 
         check_kept(run_dir)
         if space.is_shared(job):
             plan = plan_workers(job.cluster, here.nodes, here.most, here.own)
-            count = places.shared(
-                job, plan.gpus > 0, plan_job(job, calibrate=False).concurrent_trials
-            )
+            on_gpu = plan.gpus > 0
+            count = places.shared(job, on_gpu, trials_that_fit(job, on_gpu))
             _tell_places(run_dir, count)
             sweep = _Sweep(job, run_dir, here, plan, count, say)
             say(f"{sweep.places} trials at a time share one base on {plan.least} worker(s)")

@@ -34,8 +34,9 @@ class RunningEngine:
     ) -> None:
         self.desk = open_desk(places)
         ray.get(self.desk.ready.remote(), timeout=_ANSWER_SECONDS)
+        more = {"desk": self.desk, "trials": places}
         self._run = Background(
-            lambda: run_workers(job, folder, plan, here, say, serve, {"desk": self.desk}),
+            lambda: run_workers(job, folder, plan, here, say, serve, more),
             lambda: ray.get(self.desk.engine_ended.remote(), timeout=_ANSWER_SECONDS),
         )
 

@@ -4,10 +4,7 @@ from orchestrator.cluster.plan import Resources, WorkerPlan, plan_workers
 from orchestrator.cluster.session import Session
 from orchestrator.config import JobConfig, SweepConfig
 from orchestrator.errors import RefusedError
-
-# Tenants beyond these wait for one another's passes: a CPU is busy with one, a GPU with a few. The
-# fewer are at work, the more each later trial can learn from those before it.
-_USEFUL = {"cpu": 4, "gpu": 16}
+from orchestrator.plan.fit import trials_at_once
 
 
 def shared(job: JobConfig, on_gpu: bool, fitting: int) -> int:
@@ -18,12 +15,8 @@ def shared(job: JobConfig, on_gpu: bool, fitting: int) -> int:
         on_gpu: whether the workers have GPUs.
         fitting: how many adapters fit beside one base.
     """
-    sweep = _sweep(job)
-    if sweep.concurrent != "auto":
-        return min(int(sweep.concurrent), sweep.trials)
-    # A population evolves together: whoever is not at work cannot be learnt from.
-    useful = sweep.trials if sweep.scheduler == "pbt" else _USEFUL["gpu" if on_gpu else "cpu"]
-    return max(1, min(sweep.trials, useful, fitting))
+    wanted = trials_at_once(job, on_gpu)
+    return wanted if _sweep(job).concurrent != "auto" else max(1, min(wanted, fitting))
 
 
 def isolated(job: JobConfig, here: Session) -> tuple[WorkerPlan, int]:

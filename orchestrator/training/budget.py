@@ -1,16 +1,25 @@
-"""How many tokens go into one pass, and whether layers are recomputed."""
+"""How many tokens go into one pass, and whether layers are recomputed: as the plan says."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from orchestrator.config import TrainingConfig
-from orchestrator.plan.fit import MOST_TOKENS, STEP
-from orchestrator.training.memory import free_bytes
+from orchestrator.config import JobConfig, ModelConfig
+from orchestrator.errors import RefusedError, UnplannableError
+from orchestrator.plan.fit import STEP, Need, largest_batch, sharing
+from orchestrator.plan.machine import machine
+from orchestrator.plan.planner import Plan, make_plan
+from orchestrator.plan.shapes import read_shape
+from orchestrator.plan.show import refusal
+from orchestrator.training.collective import World
+from orchestrator.training.events import Observer
 
-# Share of the free memory that activations may take.
-_SHARE = 0.6
+# Tokens of the shortest row that training could come down to.
+_LEAST = 16
 
 
 @dataclass(frozen=True)
@@ -21,34 +30,60 @@ class Budget:
     checkpointing: bool
 
 
-def choose(config: TrainingConfig, model: Any, device: torch.device) -> Budget:
-    """What the job file says; where it says `auto`, what the device's free memory allows."""
-    free = _SHARE * free_bytes(device)
-    most = MOST_TOKENS[device.type == "cuda"]
-    wanted = most if config.tokens_per_pass == "auto" else config.tokens_per_pass
-    checkpointing = config.gradient_checkpointing
-    if checkpointing == "auto":
-        least = STEP if config.tokens_per_pass == "auto" else wanted
-        # Recomputing costs a third of the step; a smaller pass costs less, down to a point.
-        checkpointing = free < max(least, wanted // 8) * activation_bytes(model, False)
-    if config.tokens_per_pass != "auto":
-        return Budget(wanted, checkpointing)
-    fit = int(free // activation_bytes(model, checkpointing))
-    return Budget(max(STEP, min(most, fit // STEP * STEP)), checkpointing)
+def decide(
+    job: JobConfig,
+    model: ModelConfig,
+    lengths: NDArray[np.int64],
+    device: torch.device,
+    world: World,
+    trials: int,
+    observer: Observer,
+) -> Budget:
+    """What the job file says; where it says `auto`, the best that fits by the plan.
 
+    Args:
+        job: the job.
+        model: its model as it lies on this machine's disk.
+        lengths: tokens of each training example.
+        device: what this process trains on.
+        world: this process among the workers; all of them get the same budget.
+        trials: adapters that train at once.
+        observer: hears the plan.
 
-def activation_bytes(model: Any, checkpointing: bool) -> int:
-    """Bytes that a token's activations take until the backward pass, roughly.
-
-    Counts what autograd keeps in a layer of the Llama kind: the inputs of the norms and of the
-    linear layers, queries, keys, values, the attention's output, and the feed-forward products.
+    Raises:
+        RefusedError: the job does not fit the device.
     """
-    config = model.config.get_text_config()
-    hidden, layers = config.hidden_size, config.num_hidden_layers
-    inner = getattr(config, "intermediate_size", None) or 4 * hidden
-    width = next(p for p in model.parameters() if p.is_floating_point()).element_size()
-    layer = (14 * hidden + 5 * inner) * width
-    return layers * hidden * width + layer if checkpointing else layers * layer
+    longest, most = int(lengths.max()), _most(job, lengths, world, trials)
+    try:
+        plan = _plan(job, model, longest, most, device, world, trials)
+    except UnplannableError as error:
+        observer.emit("warning", message=f"{error}. Training goes on without a plan of its memory")
+        return _unplanned(job)
+    observer.emit("plan", **plan.to_json())
+    _refuse_what_cannot_fit(plan)
+    return Budget(plan.tokens_per_pass, bool(plan.details["gradient_checkpointing"]))
+
+
+def check_before_download(job: JobConfig, device: torch.device, world: World, trials: int) -> None:
+    """Refuse what fits with no data at all, before gigabytes of weights are fetched.
+
+    Raises:
+        RefusedError: the base and its adapters do not fit the device.
+    """
+    if Path(job.model.base).expanduser().exists():
+        return
+    try:
+        plan = _plan(job, job.model, _LEAST, _LEAST, device, world, trials)
+    except UnplannableError:
+        # Whoever fetches the model says what is wrong with its name.
+        return
+    _refuse_what_cannot_fit(plan)
+
+
+def agree(budget: Budget, world: World) -> Budget:
+    """One budget for all workers: the least, and recomputed layers where any needs them."""
+    (checkpointing,) = world.any(budget.checkpointing)
+    return Budget(world.least(budget.tokens), checkpointing)
 
 
 def apply(budget: Budget, model: Any) -> None:
@@ -58,3 +93,38 @@ def apply(budget: Budget, model: Any) -> None:
         model.activation_checkpointing_enable({"use_reentrant": False})
     else:
         model.activation_checkpointing_disable()
+
+
+def _plan(
+    job: JobConfig,
+    model: ModelConfig,
+    longest: int,
+    most: int,
+    device: torch.device,
+    world: World,
+    trials: int,
+) -> Plan:
+    shape, cuda = read_shape(model), device.type == "cuda"
+    # Workers of one machine without GPUs share its memory.
+    together = sharing(job) if cuda else -(-world.size // world.nodes)
+    here = machine(None, world.size, cuda, together)
+    return make_plan(Need(shape, here, job, trials, longest, most), calibrate=world.leads)
+
+
+def _most(job: JobConfig, lengths: NDArray[np.int64], world: World, trials: int) -> int:
+    """Tokens of a worker's share of a step, at most (examples are dealt longest first)."""
+    count = min(len(lengths), largest_batch(job))
+    step = trials * int(np.partition(lengths, -count)[-count:].sum())
+    return min(step, step // world.size + int(lengths.max()))
+
+
+def _unplanned(job: JobConfig) -> Budget:
+    training = job.training
+    tokens = STEP if training.tokens_per_pass == "auto" else training.tokens_per_pass
+    checkpointing = training.gradient_checkpointing
+    return Budget(tokens, checkpointing is True or checkpointing == "auto")
+
+
+def _refuse_what_cannot_fit(plan: Plan) -> None:
+    if not plan.fits:
+        raise RefusedError(refusal(plan))

@@ -4,13 +4,14 @@ import gc
 import platform
 import time
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from orchestrator.config import JobConfig
+from orchestrator.config import JobConfig, ModelConfig
 from orchestrator.data import PreparedData, prepare
 from orchestrator.errors import DataError, InterruptedRunError, RefusedError
 from orchestrator.model import base as bases
@@ -68,6 +69,7 @@ def run(
         ProofError: the saved adapter is not what was trained.
     """
     device = device or devices.training_device()
+    job = job.model_copy(update={"sweep": None})
     ground = open_ground(job, folder.parent, cache_dir, device, world, observer, shared)
     with world.together():
         state = course.enter(ground, job, folder, observer)
@@ -106,8 +108,9 @@ def open_ground(
     world: World,
     observer: Observer,
     shared: store.SharedBases | None = None,
+    trials: int = 1,
 ) -> Ground:
-    """Prepare the data and load the base, on every worker or on none.
+    """Prepare the data, plan the memory and load the base, on every worker or on none.
 
     Args:
         job: says which.
@@ -118,9 +121,10 @@ def open_ground(
         world: this process among the workers.
         observer: hears what the user should know.
         shared: quantized bases that all machines of the run reach.
+        trials: adapters that train at once over the base.
 
     Raises:
-        RefusedError: the model, the data or the settings cannot be trained.
+        RefusedError: the model, the data or the settings cannot be trained, or do not fit.
     """
 
     def say(message: str) -> None:
@@ -130,11 +134,19 @@ def open_ground(
     with world.together():
         dtype = devices.compute_dtype(job.quantization.compute_dtype, device)
         optimizers.resolve(job.training.optimizer, device)
+        budget.check_before_download(job, device, world, trials)
         origin = source.locate(job.model, cache_dir)
         bases_dir = cache_dir / "bases"
         tokenizer = store.tokenizer(origin, job.quantization, dtype, bases_dir)
         data = prepare(job.data, tokenizer, cache_dir / "data")
     observer.emit("data", summary=data.summary())
+    # Whether it fits is known in seconds too; the 4-bit base has the model's config as well.
+    entry = bases_dir / store.entry_key(origin, job.quantization, dtype)
+    with world.together():
+        model = _config_at(job.model, entry if entry.exists() else origin.path)
+        lengths = data.train.lengths
+        chosen = budget.decide(job, model, lengths, device, world, trials, observer)
+    chosen = budget.agree(chosen, world)
     memory.return_freed_memory()
     # Quantized once: by the leader, whose machine's other workers find it in their store; other
     # machines fetch it from beside the run.
@@ -147,25 +159,26 @@ def open_ground(
         entry = store.ensure(origin, job.quantization, dtype, bases_dir, say, shared)
         memory.keep_freed_memory()
         memory.reset_peak(device)
-        ground = _assemble(job, entry, data, tokenizer, device, world)
-    return ground
-
-
-def _assemble(
-    job: JobConfig,
-    entry: Path,
-    data: PreparedData,
-    tokenizer: Any,
-    device: torch.device,
-    world: World,
-) -> Ground:
-    """Load the base and choose how much of a step goes into one pass."""
-    base = bases.load(entry, device, job.model.trust_remote_code)
-    _check_lengths(data, base)
-    chosen = budget.choose(job.training, base.model, device)
+        base = bases.load(entry, device, job.model.trust_remote_code)
+        _check_lengths(data, base)
     budget.apply(chosen, base.model)
-    return Ground(
-        entry, data, tokenizer, Engine(base, AdapterSet(base.model), world, chosen.tokens)
+    engine = Engine(
+        base, AdapterSet(base.model), world, chosen.tokens, partial(_tell_shortened, observer)
+    )
+    return Ground(entry, data, tokenizer, engine)
+
+
+def _config_at(config: ModelConfig, path: Path) -> ModelConfig:
+    """The same model, read from a place on this machine's disk."""
+    return config.model_copy(update={"base": str(path), "revision": None})
+
+
+def _tell_shortened(observer: Observer, before: int, after: int) -> None:
+    observer.emit("budget", tokens_per_pass=after, before=before)
+    observer.emit(
+        "warning",
+        message=f"Out of memory: from here on a pass takes at most {after} tokens, not {before}. "
+        "The result stays the same",
     )
 
 

@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from orchestrator.cli import main
 
 SECONDS = 600
+PROGRAM = (sys.executable, "-c", "from orchestrator.cli import main; main()")
 
 
 @dataclass(frozen=True)
@@ -42,16 +43,14 @@ class Commands:
         self._started: list[subprocess.Popen[str]] = []
 
     def start(
-        self, *arguments: object, prefix: Sequence[str] = (), **environment: str
+        self,
+        *arguments: object,
+        prefix: Sequence[str] = (),
+        program: Sequence[str] = PROGRAM,
+        **environment: str,
     ) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [
-                *prefix,
-                sys.executable,
-                "-c",
-                "from orchestrator.cli import main; main()",
-                *map(str, arguments),
-            ],
+            [*prefix, *program, *map(str, arguments)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks.memory import ALLOWED, Case, compare
+from tests.benchmarks.memory import ALLOWED, CASES, Case, compare
 
-CASES = {
-    "plain": Case("llama-tiny", rank=8),
+SMALL = {
+    "plain": CASES["tiny"],
     "checkpointing": Case("llama-tiny", rank=64, tokens=512, length=128, checkpointing=True),
-    "two tenants": Case("llama-tiny", rank=8, tenants=2, tokens=512, length=64),
+    "two tenants": CASES["tiny-2-tenants"],
 }
 
 
@@ -18,7 +18,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("bases")
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", SMALL)
 def test_the_plan_is_right_within_a_tenth(folder: Path, name: str) -> None:
+    predicted, measured = compare(SMALL[name], folder)
+    assert predicted == pytest.approx(measured, rel=ALLOWED)
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", sorted(CASES.keys() - {"tiny", "tiny-2-tenants"}))
+def test_the_table_is_right_within_a_tenth(folder: Path, name: str) -> None:
+    """All jobs of `python -m tests.benchmarks.memory`; too long for `make test`."""
     predicted, measured = compare(CASES[name], folder)
     assert predicted == pytest.approx(measured, rel=ALLOWED)
