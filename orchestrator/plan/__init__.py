@@ -4,8 +4,16 @@ Knows job files and transformers' model classes, which it builds on torch's meta
 nothing of the rooms that do the work. That it mirrors them is what its tests hold.
 """
 
-from orchestrator.plan.planner import Plan, plan_job, trials_that_fit
-from orchestrator.plan.show import describe
+from orchestrator.plan.planner import Plan, plan_job, plan_trial, trials_that_fit
+from orchestrator.plan.show import describe, refusal
 from orchestrator.plan.sizes import parse_bytes
 
-__all__ = ["Plan", "describe", "parse_bytes", "plan_job", "trials_that_fit"]
+__all__ = [
+    "Plan",
+    "describe",
+    "parse_bytes",
+    "plan_job",
+    "plan_trial",
+    "refusal",
+    "trials_that_fit",
+]

@@ -102,16 +102,31 @@ def trials_that_fit(job: JobConfig, cuda: bool) -> int:
         job: the sweep's job.
         cuda: whether it trains on GPUs; this machine may be one without.
     """
+    need = _need_here(job, cuda)
+    return MOST_TRIALS if need is None else most_tenants(need)
+
+
+def plan_trial(job: JobConfig, cuda: bool) -> Plan | None:
+    """The plan of one trial on the device at hand; None where it is not to be known.
+
+    Args:
+        job: the trial's job.
+        cuda: whether it trains on GPUs; this machine may be one without.
+    """
+    need = _need_here(job, cuda)
+    return None if need is None else make_plan(need, calibrate=False)
+
+
+def _need_here(job: JobConfig, cuda: bool) -> Need | None:
     import torch
 
     if cuda and not torch.cuda.is_available():
-        return MOST_TRIALS
+        return None
     try:
         shape = read_shape(job.model)
-        device = machine(None, None, cuda, sharing(job))
-        return most_tenants(Need(shape, device, job, 1, job.data.max_length))
     except UnplannableError:
-        return MOST_TRIALS
+        return None
+    return Need(shape, machine(None, None, cuda, sharing(job)), job, 1, job.data.max_length)
 
 
 def _trials(need: Need) -> int:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ from orchestrator.cluster.plan import WorkerPlan, plan_workers
 from orchestrator.cluster.session import Session, check_kept, session
 from orchestrator.config import JobConfig
 from orchestrator.errors import InterruptedRunError, OrchestratorError
-from orchestrator.plan import trials_that_fit
+from orchestrator.plan import plan_trial, refusal, trials_that_fit
 from orchestrator.sweep import places, space
 from orchestrator.sweep.background import Background
+from orchestrator.sweep.fitting import leave_out
 from orchestrator.sweep.launch import RunningEngine
 from orchestrator.sweep.outcome import best_trial, outcomes
 from orchestrator.sweep.trial import Context, engine_folder
@@ -72,6 +74,7 @@ def run(job: JobConfig, run_dir: Path, say: Callable[[str], None]) -> dict[str, 
         if space.is_shared(job):
             plan = plan_workers(job.cluster, here.nodes, here.most, here.own)
             on_gpu = plan.gpus > 0
+            job = leave_out(job, partial(_reason, on_gpu), say)
             count = places.shared(job, on_gpu, trials_that_fit(job, on_gpu))
             _tell_places(run_dir, count)
             sweep = _Sweep(job, run_dir, here, plan, count, say)
@@ -81,6 +84,12 @@ def run(job: JobConfig, run_dir: Path, say: Callable[[str], None]) -> dict[str, 
         _tell_places(run_dir, count)
         say(f"{count} trials at a time, each over a base of its own on {plan.least} worker(s)")
         return _isolated(_Sweep(job, run_dir, here, plan, count, say))
+
+
+def _reason(on_gpu: bool, job: JobConfig) -> str | None:
+    """Why a trial's job cannot be trained here, if so."""
+    plan = plan_trial(job.model_copy(update={"sweep": None}), on_gpu)
+    return None if plan is None or plan.fits else refusal(plan)
 
 
 def _tell_places(run_dir: Path, count: int) -> None:

@@ -1,0 +1,82 @@
+"""Values that no device of the cluster can hold are left out of a search; the others go on."""
+
+from collections.abc import Callable
+from typing import Any
+
+from orchestrator.config import JobConfig, SweepConfig
+from orchestrator.errors import RefusedError
+from orchestrator.sweep.space import with_params
+
+# Keys whose values decide how large an adapter is.
+_SIZES = ("lora.rank", "lora.target_modules")
+
+Reason = Callable[[JobConfig], str | None]
+
+
+def leave_out(job: JobConfig, reason: Reason, say: Callable[[str], None]) -> JobConfig:
+    """The job with a search space of which every adapter fits beside the base.
+
+    Args:
+        job: the sweep's, checked.
+        reason: why a trial's job does not fit, None where it does.
+        say: is told what is left out, and why.
+
+    Raises:
+        RefusedError: no value of a key fits.
+    """
+    sweep = job.sweep
+    assert sweep is not None
+    space = dict(sweep.search_space)
+    for key in set(_SIZES) & set(space):
+        space[key] = _fitting(job, key, space[key], reason, say)
+    points = tuple(p for p in sweep.points if all(_holds(space, k, p[k]) for k in _SIZES if k in p))
+    if len(points) < len(sweep.points):
+        say(f"sweep.points: {len(sweep.points) - len(points)} of them cannot fit and are left out")
+    return job.model_copy(update={"sweep": _with(sweep, space, points)})
+
+
+def _fitting(
+    job: JobConfig,
+    key: str,
+    domain: dict[str, list[Any]],
+    reason: Reason,
+    say: Callable[[str], None],
+) -> dict[str, list[Any]]:
+    kind, values = next(iter(domain.items()))
+
+    def refusal(value: Any) -> str | None:
+        return reason(with_params(job, {key: value}))
+
+    refusals = {place: refusal(value) for place, value in enumerate(values)}
+    kept = [value for place, value in enumerate(values) if refusals[place] is None]
+    why = next((refusal for refusal in refusals.values() if refusal is not None), None)
+    if why is None:
+        return domain
+    if not kept:
+        raise RefusedError(f"sweep.search_space.{key}: no value fits. {why}")
+    if kind in ("choice", "grid"):
+        left = [value for value in values if value not in kept]
+        say(f"sweep.search_space.{key}: {', '.join(map(str, left))} left out. {why}")
+        return {kind: kept}
+    low, high = _largest(int(values[0]), int(values[1]), lambda value: refusal(value) is None)
+    say(f"sweep.search_space.{key}: searched up to {low} in place of {high}. {why}")
+    # A range of one value is a list of one.
+    return {kind: [values[0], low]} if low > values[0] else {"choice": [low]}
+
+
+def _largest(low: int, high: int, fits: Callable[[int], bool]) -> tuple[int, int]:
+    """The largest value between one that fits and one that does not, and the latter."""
+    most = high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low, most
+
+
+def _holds(space: dict[str, dict[str, list[Any]]], key: str, value: Any) -> bool:
+    kind, values = next(iter(space[key].items()))
+    return value in values if kind in ("choice", "grid") else values[0] <= value <= values[1]
+
+
+def _with(sweep: SweepConfig, space: dict[str, Any], points: tuple[Any, ...]) -> SweepConfig:
+    return sweep.model_copy(update={"search_space": space, "points": points})
