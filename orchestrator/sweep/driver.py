@@ -88,7 +88,11 @@ def run(job: JobConfig, run_dir: Path, say: Callable[[str], None]) -> dict[str, 
 
 def _reason(on_gpu: bool, job: JobConfig) -> str | None:
     """Why a trial's job cannot be trained here, if so."""
-    plan = plan_trial(job.model_copy(update={"sweep": None}), on_gpu)
+    try:
+        plan = plan_trial(job.model_copy(update={"sweep": None}), on_gpu)
+    except OrchestratorError:
+        # A trial that cannot be at all, such as one of a layer that is not there, fails by itself.
+        return None
     return None if plan is None or plan.fits else refusal(plan)
 
 
