@@ -17,11 +17,14 @@ def param_space(sweep: SweepConfig) -> dict[str, Any]:
     return {key: _domain(sweep, domain) for key, domain in sweep.search_space.items()}
 
 
-def searcher(sweep: SweepConfig) -> Any:
-    """Who proposes trials."""
+def searcher(sweep: SweepConfig, places: int) -> Any:
+    """Who proposes trials, as many at a time as there are places."""
     points = [dict(point) for point in sweep.points] or None
     if sweep.searcher != "optuna":
-        return BasicVariantGenerator(points_to_evaluate=points, random_state=sweep.seed)
+        # Tune's own limit is for searchers of the other kind.
+        return BasicVariantGenerator(
+            points_to_evaluate=points, random_state=sweep.seed, max_concurrent=places
+        )
     import optuna
     from ray.tune.search.optuna import OptunaSearch
 

@@ -59,7 +59,7 @@ def _tune_config(job: JobConfig, sweep: SweepConfig, places: int) -> tune.TuneCo
     return tune.TuneConfig(
         metric=None if told else sweep.metric,
         mode=None if told else sweep.mode,
-        search_alg=search.searcher(sweep),
+        search_alg=search.searcher(sweep, places),
         scheduler=search.scheduler(job, sweep, total),
         num_samples=1 if sweep.searcher == "grid" else sweep.trials,
         max_concurrent_trials=places,

@@ -191,6 +191,7 @@ def test_twenty_trials_on_two_cores_most_of_them_stopped_early(
     assert len(states) == 20 and set(states) == {"finished", "stopped"}
     assert all(t["steps"] == 12 for t in trials if t["status"] == "finished")
     assert all(t["steps"] in (4, 8) for t in trials if t["status"] == "stopped")
+    assert _most_at_once(tmp_path / "runs" / "many") == 4
 
 
 @pytest.mark.cluster
@@ -266,6 +267,19 @@ def test_refused_before_any_work(
     ended = commands.call("sweep", _job(job_file, "bad", **sweep), "--json")
     assert ended.status == 2 and word in ended.err
     assert not (tmp_path / "runs" / "bad" / "trials").exists()
+
+
+def _most_at_once(folder: Path) -> int:
+    """Trials that were trained side by side."""
+    changes = []
+    for trial in _trials(folder):
+        steps = [event["time"] for event in journal(trial) if event["event"] == "step"]
+        changes += [(steps[0], 1), (steps[-1], -1)]
+    counts, now = [], 0
+    for _, change in sorted(changes):
+        now += change
+        counts.append(now)
+    return max(counts)
 
 
 def _left(cluster: RayCluster) -> list[str]:
