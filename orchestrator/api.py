@@ -121,6 +121,7 @@ def _sweep(
     # Tune's thread may outlive its Ray for a moment, and must not start another; Ray reads this
     # when it is imported.
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
+    quiet_libraries()
     from orchestrator.sweep import driver
     from orchestrator.sweep.finish import conclude, results, settle
 

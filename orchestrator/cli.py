@@ -105,7 +105,9 @@ def plan(
     try:
         from orchestrator.jobfile import load_job
         from orchestrator.plan import describe, parse_bytes, plan_job
+        from orchestrator.quiet import quiet_libraries
 
+        quiet_libraries()
         size = None if gpu_memory is None else parse_bytes(gpu_memory)
         with redirect_stdout(sys.stderr):
             made = plan_job(load_job(job, overrides), size, gpus)
