@@ -167,7 +167,7 @@ def _train(rank: int, size: int, refused: int | None, folder: Path) -> None:
 
 def test_workers_repeat_the_step_together(tmp_path: Path) -> None:
     tiny.save_model(tmp_path / "base")
-    _train(0, 1, None, tmp_path)
+    multiprocessing.spawn(_train, (1, None, tmp_path), nprocs=1)
     multiprocessing.spawn(_train, (2, 1, tmp_path), nprocs=2)
     alone, *others = (
         json.loads((tmp_path / f"{name}.json").read_text()) for name in ("1-0", "2-0", "2-1")
