@@ -120,6 +120,7 @@ def _assert_loadable(uri: str, folder: Path, model: Path) -> None:
     assert (adapted(ids).logits - before).abs().max() > 1e-3
 
 
+@pytest.mark.cluster
 def test_killed_and_gone_on_with_on_a_machine_that_knows_nothing(
     commands: Commands,
     machine: Commands,
@@ -148,6 +149,7 @@ def test_killed_and_gone_on_with_on_a_machine_that_knows_nothing(
     assert store.curve("killed/killed") == whole
 
 
+@pytest.mark.cluster
 def test_a_store_that_is_away_for_a_while(
     commands: Commands,
     job_file: JobFile,
@@ -171,6 +173,7 @@ def test_a_store_that_is_away_for_a_while(
     assert "step-00000300" in store.checkpoints("away/away")
 
 
+@pytest.mark.cluster
 def test_a_store_that_never_takes_the_adapter_fails_the_run(
     machine: Commands, job_file: JobFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
