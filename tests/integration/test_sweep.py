@@ -258,7 +258,10 @@ def test_an_interrupted_sweep_goes_on_and_leaves_nothing_behind(
         ({"metric": "accuracy"}, "metric"),
         ({"points": [{"lora.rank": 4}]}, "learning_rate"),
         ({"searcher": "grid"}, "is a range"),
-        ({"search_space": {"model.base": {"choice": ["a", "b"]}}}, "base"),
+        (
+            {"search_space": {"model.base": {"choice": ["a", "b"]}}, "placement": "shared"},
+            "sweep.placement",
+        ),
     ],
 )
 def test_refused_before_any_work(
