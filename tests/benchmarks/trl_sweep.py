@@ -24,7 +24,7 @@ def train(config: dict[str, Any], model: str, rows: str, held_out: str, about: l
     from tests.benchmarks.trl_runner import conversations, make_trainer
 
     class Report(TrainerCallback):
-        def on_evaluate(self, *_: Any, metrics: dict[str, float], **__: Any) -> None:
+        def on_evaluate(self, *_, metrics, **__):
             tune.report({"eval_loss": metrics["eval_loss"]})
 
     steps, every, batch = about
@@ -58,7 +58,9 @@ def main() -> None:
     }
     about = [int(steps), int(every), int(batch)]
     began = time.perf_counter()
-    ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    # A trial's process works in a folder of its own, where these modules are not.
+    paths = {"env_vars": {"PYTHONPATH": str(Path.cwd())}}
+    ray.init(log_to_driver=False, logging_level=logging.ERROR, runtime_env=paths)
     trainable = tune.with_parameters(train, model=model, rows=rows, held_out=held_out, about=about)
     with Held() as held:
         found = tune.Tuner(
@@ -67,7 +69,9 @@ def main() -> None:
             run_config=tune.RunConfig(storage_path=str(Path(rows).parent / "tune"), verbose=0),
         ).fit()
     seconds = time.perf_counter() - began
-    losses = [result.metrics.get("eval_loss") for result in found]
+    if found.errors:
+        raise SystemExit(f"A trial failed: {found.errors[0]}")
+    losses = [result.metrics["eval_loss"] for result in found]
     assert len(losses) == len(list(product(ranks.split(","), rates.split(",")))), losses
     print(json.dumps({"seconds": seconds, "peak_bytes": held.peak, "eval_losses": losses}))
 
