@@ -17,7 +17,7 @@ from orchestrator.config import JobConfig
 from orchestrator.errors import OrchestratorError, RefusedError
 from orchestrator.identity import changed_keys
 from orchestrator.jobfile import dump_job, job_from_mapping, load_job
-from orchestrator.places import cache_dir, is_uri
+from orchestrator.places import cache_dir, is_uri, write_whole
 from orchestrator.quiet import quiet_libraries
 from orchestrator.storage.place import Place, command_place
 from orchestrator.tracking.cursor import Cursor
@@ -66,7 +66,7 @@ def finetune(
         _check_same_job(resolved, place)
         finished = _finished(resolved, place)
         if finished is None:
-            _write(run_dir / "job.yaml", redact(dump_job(resolved)))
+            write_whole(run_dir / "job.yaml", redact(dump_job(resolved)))
         place.publish()
         if finished is not None:
             steps = finished["steps"]
@@ -111,7 +111,7 @@ def sweep(
         if finished is not None:
             say(f"{resolved.name} is finished ({len(finished['trials'])} trials). {run_dir}")
             return finished
-        _write(run_dir / "job.yaml", redact(dump_job(resolved)))
+        write_whole(run_dir / "job.yaml", redact(dump_job(resolved)))
         return _sweep(resolved, run_dir, say, watch)
 
 
@@ -154,7 +154,7 @@ def _sweep(
         # After the run that they are nested in.
         trials.close(max(1.0, end - time.monotonic()))
     complete = results(job, run_dir, status, seconds, report.run_id, report.model_version)
-    _write(run_dir / "result.json", json.dumps(complete, indent=1))
+    write_whole(run_dir / "result.json", json.dumps(complete, indent=1))
     return complete
 
 
@@ -217,7 +217,7 @@ def _run(
         **results,
         "model_version": report.model_version,
     }
-    _write(run_dir / "result.json", json.dumps(complete, indent=1))
+    write_whole(run_dir / "result.json", json.dumps(complete, indent=1))
     return complete
 
 
@@ -339,11 +339,4 @@ def _write_samples(run_dir: Path) -> None:
         return
     samples = [event for event, _ in read_events(path) if event["event"] == "sample"]
     lines = [json.dumps({k: v for k, v in s.items() if k != "event"}) for s in samples]
-    _write(run_dir / "samples.jsonl", "".join(f"{line}\n" for line in lines))
-
-
-def _write(path: Path, text: str) -> None:
-    """Write beside and rename."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text)
-    beside.replace(path)
+    write_whole(run_dir / "samples.jsonl", "".join(f"{line}\n" for line in lines))

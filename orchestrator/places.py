@@ -29,3 +29,14 @@ def mirror_dir(uri: str) -> Path:
         [parts.scheme, parts.netloc.rpartition("@")[2], parts.path.strip("/"), server]
     )
     return cache_dir() / "runs" / hashlib.sha256(place.encode()).hexdigest()[:16]
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file beside its place and rename it: who reads there finds all of it or the old one.
+
+    Raises:
+        OSError: the disk does not take it.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(text)
+    beside.replace(path)

@@ -1,6 +1,5 @@
 """The end of a sweep: its trials' last words, its best adapter and job file, its report."""
 
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from orchestrator.config import JobConfig
 from orchestrator.errors import OrchestratorError
 from orchestrator.jobfile import dump_job
+from orchestrator.places import write_whole
 from orchestrator.sweep import space
 from orchestrator.sweep.outcome import Outcome, best_trial, outcomes
 from orchestrator.sweep.report import PAGE, TABLE, write_report
@@ -81,7 +81,7 @@ def _tell_best(
     _copy(best.folder / "adapter", run_dir / "adapter")
     loss = "" if best.eval_loss is None else f": eval loss {best.eval_loss:.4f}"
     head = f"# The sweep's best trial, {best.trial_id}{loss} after {best.steps} steps.\n"
-    _write(_job_file(run_dir), redact(head + dump_job(space.best_job(job, params))))
+    write_whole(_job_file(run_dir), redact(head + dump_job(space.best_job(job, params))))
     measures = {name: getattr(best, name) for name in _SUMMARY}
     observer.emit("best", trial_id=best.trial_id, params=params, **measures)
     observer.emit(
@@ -152,10 +152,3 @@ def _copy(source: Path, target: Path) -> None:
     shutil.copytree(source, beside)
     shutil.rmtree(target, ignore_errors=True)
     beside.replace(target)
-
-
-def _write(path: Path, text: str) -> None:
-    """Write beside and rename."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text)
-    beside.replace(path)

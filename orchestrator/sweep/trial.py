@@ -13,6 +13,7 @@ from orchestrator.cluster.plan import WorkerPlan
 from orchestrator.cluster.session import Session
 from orchestrator.config import JobConfig, SweepConfig
 from orchestrator.errors import InterruptedRunError, OrchestratorError
+from orchestrator.places import write_whole
 from orchestrator.sweep.launch import RunningEngine
 from orchestrator.sweep.space import trial_job
 from orchestrator.tracking.observer import stop_path
@@ -182,6 +183,4 @@ class Trial(tune.Trainable):  # type: ignore[misc]
         from orchestrator.tracking.secrets import redact
 
         self._folder.mkdir(parents=True, exist_ok=True)
-        beside = self._folder / ".job.yaml"
-        beside.write_text(redact(dump_job(self._job)))
-        beside.replace(self._folder / "job.yaml")
+        write_whole(self._folder / "job.yaml", redact(dump_job(self._job)))

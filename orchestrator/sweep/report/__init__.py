@@ -4,11 +4,11 @@ Knows neither Ray nor MLflow; draws without a display and reads nothing but what
 """
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from orchestrator.config import JobConfig
+from orchestrator.places import write_whole
 from orchestrator.sweep.outcome import Outcome
 from orchestrator.sweep.report.page import Picture, Winner, render
 from orchestrator.sweep.report.table import mlflow_table
@@ -44,13 +44,6 @@ def write_report(
         pictures.append(Picture(title, caption, canvas.to_svg(figure, name)))
     keys, sweep = tuple(job.sweep.search_space), job.sweep
     table = mlflow_table(found, keys, sweep.metric, sweep.mode)
-    _write(folder / TABLE, json.dumps(table, indent=1))
-    _write(folder / PAGE, render(job, found, winner, pictures))
+    write_whole(folder / TABLE, json.dumps(table, indent=1))
+    write_whole(folder / PAGE, render(job, found, winner, pictures))
     return folder / PAGE
-
-
-def _write(path: Path, text: str) -> None:
-    """Write beside and rename."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text)
-    beside.replace(path)
