@@ -113,8 +113,9 @@ def _connect(address: str, say: Callable[[str], None]) -> bool:
             return False
     os.environ.setdefault(_WORKER_NICENESS, "0")
     try:
-        # Ray itself switches its token on for a cluster that it starts so.
-        ray.init(address="local", **options)
+        # Ray itself switches its token on for a cluster that it starts so. Its dashboard is for
+        # clusters that outlive a command; its eleven processes would cost two seconds of the start.
+        ray.init(address="local", include_dashboard=False, **options)
     except (RuntimeError, OSError, ValueError) as error:
         raise OrchestratorError(
             f"Ray does not start on this machine ({error}). `--local` runs the job without it"
