@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 CONSTRAINTS := infra/constraints.txt
 
-.PHONY: help setup demo demo-sweep test test-cluster test-unit test-gpu lint format types bench clean
+.PHONY: help setup demo demo-sweep test test-memory test-cluster test-unit test-gpu lint format types bench clean
 
 help: ## Say what each target does
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -32,8 +32,11 @@ demo: .demo/train.jsonl ## Fine-tune SmolLM2-135M in 4 bit through Ray Train on 
 demo-sweep: .demo/train.jsonl ## Search rank and learning rate of the demo's model, in a few minutes
 	$(BIN)/orchestrator sweep jobs/examples/sweep.yaml
 
-test: $(VENV)/.model ## Unit and integration tests, without those that need a GPU or a cluster
-	$(BIN)/python -m pytest tests/unit tests/integration -m "not gpu and not cluster" -q
+test: $(VENV)/.model ## Unit and integration tests, but for those of the next three
+	$(BIN)/python -m pytest tests/unit tests/integration -m "not gpu and not cluster and not memory" -q
+
+test-memory: $(VENV)/.model ## What `plan` promises beside what real steps take, and runs under a limit
+	$(BIN)/python -m pytest tests/integration -m "memory and not gpu" -q
 
 test-cluster: $(VENV)/.model ## Several nodes on this machine, and faults of every kind
 	$(BIN)/python -m pytest tests/integration -m cluster -q

@@ -83,7 +83,7 @@ def run_workers(
     """
     with _proof(command_place(job, run_dir, trains=False)) as proof:
         seconds, retries = _patience(plan, grows=_tell(plan, here, say) or here.most is not None)
-        config = {**more, **_loop_config(job, run_dir, plan, proof)}
+        config = {**more, **_loop_config(job, run_dir, plan, here, proof)}
         try:
             with _start_timeout(seconds):
                 outcome = _wait(job, run_dir, _trainer(job, run_dir, plan, retries, work, config))
@@ -180,7 +180,9 @@ def _written(run_dir: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _loop_config(job: JobConfig, run_dir: Path, plan: WorkerPlan, proof: str) -> dict[str, Any]:
+def _loop_config(
+    job: JobConfig, run_dir: Path, plan: WorkerPlan, here: Session, proof: str
+) -> dict[str, Any]:
     """What each worker is told."""
     return {
         "job": job,
@@ -188,6 +190,7 @@ def _loop_config(job: JobConfig, run_dir: Path, plan: WorkerPlan, proof: str) ->
         "working_dir": os.getcwd(),
         "proof": proof,
         "gpus": plan.gpus,
+        "several_nodes": here.several_nodes,
         "collective_timeout": job.cluster.collective_timeout,
         # Who sets OMP_NUM_THREADS means it; Ray would set it to the worker's CPUs.
         "threads": int(os.environ.get("OMP_NUM_THREADS") or plan.threads),

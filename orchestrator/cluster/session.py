@@ -20,9 +20,16 @@ _JOIN = (
     "command its token: in RAY_AUTH_TOKEN, in a file that RAY_AUTH_TOKEN_PATH names, or in "
     "~/.ray/auth_token"
 )
-# Ray runs workers at the lowest priority but four, for machines that serve others beside it. Where
-# workers compute on the CPU, Ray's own processes then interrupt every step: a quarter of its speed.
-_WORKER_NICENESS = "RAY_worker_niceness"
+# What processes of a Ray that is started here inherit, where the user has no word of her own.
+_INHERITED = {
+    # Ray runs workers at the lowest priority but four, for machines that serve others beside it.
+    # Where workers compute on the CPU, its other processes then interrupt every step: a quarter of
+    # its speed.
+    "RAY_worker_niceness": "0",
+    # Ray Train trains in a thread. The C library gives a thread a heap of its own, which returns
+    # large blocks to the kernel whatever `training/memory.py` asks for: 16 times the page faults.
+    "MALLOC_ARENA_MAX": "1",
+}
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,11 @@ class Session:
     def here(self) -> Resources:
         """What the cluster has now."""
         return total(self.nodes)
+
+    @property
+    def several_nodes(self) -> bool:
+        """Whether workers find room on more than one node, now or once an autoscaler adds some."""
+        return self.most is not None or sum(bool(node.named) for node in self.nodes) > 1
 
 
 @contextmanager
@@ -111,7 +123,8 @@ def _connect(address: str, say: Callable[[str], None]) -> bool:
                     "run code on it. `ray get-auth-token --generate` before `ray start` closes it"
                 )
             return False
-    os.environ.setdefault(_WORKER_NICENESS, "0")
+    for name, value in _INHERITED.items():
+        os.environ.setdefault(name, value)
     try:
         # Ray itself switches its token on for a cluster that it starts so. Its dashboard is for
         # clusters that outlive a command; its eleven processes would cost two seconds of the start.

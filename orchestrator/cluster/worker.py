@@ -45,7 +45,7 @@ def as_worker(config: dict[str, Any], work: Callable[..., dict[str, Any]]) -> An
         device = _device(config["gpus"])
         world = _world(device, config["collective_timeout"])
         place = _place(config, world)
-        found = {**config, "run_dir": str(place.folder), "shared": place.bases()}
+        found = {**config, "run_dir": str(place.folder), "shared": _shared(place, world, config)}
         with (
             _observer(place.folder, world.leads, config["job"].name) as observer,
             _written(place, world.leads, observer),
@@ -67,6 +67,18 @@ def _place(config: dict[str, Any], world: Any) -> Place:
         if not world.leads:
             place.fetch()
     return place
+
+
+def _shared(place: Place, world: Any, config: dict[str, Any]) -> Any:
+    """Where other machines of the cluster find what one has quantized; None where it has no others.
+
+    The next run's workers may be on another machine than this one's.
+    """
+    from orchestrator.training.run import bases_beside
+
+    if not config["several_nodes"] and world.nodes == 1:
+        return None
+    return place.bases() or bases_beside(place.folder.parent)
 
 
 @contextmanager

@@ -67,7 +67,7 @@ class Place:
         """For the other workers, after the leading one has taken over."""
 
     def bases(self) -> BasesStore | None:
-        """Where machines of one run find what one has quantized; None: beside the run's folder."""
+        """Where machines find what one has quantized; None: in a folder beside the run's."""
         return None
 
     def leave(self, proof: str) -> None:

@@ -25,9 +25,10 @@ def _serve(config: dict[str, Any], device: Any, world: Any, observer: Any) -> di
     from orchestrator.training.host import Host
     from orchestrator.training.run import open_ground
 
-    job, run_dir = config["job"], Path(config["run_dir"])
-    folder, trials = run_dir.parent, config["trials"]
-    ground = open_ground(job, folder, cache_dir(), device, world, observer, trials=trials)
+    shared, trials = config["shared"], config["trials"]
+    ground = open_ground(
+        config["job"], cache_dir(), device, world, observer, shared=shared, trials=trials
+    )
     entry, dtype = ground.entry, ground.engine.base.dtype
     best = Host(ground, DeskMembership(config["desk"]), observer).run()
     results = {"workers": world.size, "peak_memory_bytes": memory.peak_bytes(device)}

@@ -56,8 +56,7 @@ def run(
         device: what this process trains on; None takes the first GPU, or the CPU.
         world: this process among the workers.
         observer: hears every event, and says when to stop.
-        shared: where machines of one run find what one of them has quantized; None: beside
-            `folder`.
+        shared: where other machines find what one has quantized; None: there are no others.
 
     Returns:
         The results of the run, as in the command's `--json` object.
@@ -70,7 +69,7 @@ def run(
     """
     device = device or devices.training_device()
     job = job.model_copy(update={"sweep": None})
-    ground = open_ground(job, folder.parent, cache_dir, device, world, observer, shared)
+    ground = open_ground(job, cache_dir, device, world, observer, shared)
     with world.together():
         state = course.enter(ground, job, folder, observer)
     with world.together():
@@ -102,7 +101,6 @@ def run(
 
 def open_ground(
     job: JobConfig,
-    output_dir: Path,
     cache_dir: Path,
     device: torch.device,
     world: World,
@@ -114,13 +112,11 @@ def open_ground(
 
     Args:
         job: says which.
-        output_dir: where machines of one run find what one of them has quantized, unless
-            `shared` says it.
         cache_dir: where this machine keeps quantized bases and tokenized data.
         device: what this process trains on.
         world: this process among the workers.
         observer: hears what the user should know.
-        shared: quantized bases that all machines of the run reach.
+        shared: where other machines find what one has quantized; None: there are no others.
         trials: adapters that train at once over the base.
 
     Raises:
@@ -149,8 +145,7 @@ def open_ground(
     chosen = budget.agree(chosen, world)
     memory.return_freed_memory()
     # Quantized once: by the leader, whose machine's other workers find it in their store; other
-    # machines fetch it from beside the run.
-    shared = (shared or store.SharedFolder(output_dir / ".bases")) if world.nodes > 1 else None
+    # machines fetch it from where it is shared.
     with world.together():
         if world.leads:
             store.ensure(origin, job.quantization, dtype, bases_dir, say, shared)
@@ -166,6 +161,11 @@ def open_ground(
         base, AdapterSet(base.model), world, chosen.tokens, partial(_tell_shortened, observer)
     )
     return Ground(entry, data, tokenizer, engine)
+
+
+def bases_beside(output_dir: Path) -> store.SharedBases:
+    """Quantized bases in a folder that all machines share."""
+    return store.SharedFolder(output_dir / ".bases")
 
 
 def _config_at(config: ModelConfig, path: Path) -> ModelConfig:

@@ -15,6 +15,8 @@ from orchestrator.errors import ModelError
 from orchestrator.model import base, source, store
 from tests import tiny
 
+pytestmark = pytest.mark.memory
+
 WORKERS = 4
 SHARD = 24 * 2**20
 # What bitsandbytes needs for one tensor, the check of the architecture, Python's own objects.

@@ -21,6 +21,8 @@ from tests import tiny
 from tests.conftest import make_tokenizer, write_job
 from tests.integration.conftest import Commands, curve, journal
 
+pytestmark = pytest.mark.memory
+
 MIB = 2**20
 # A run without a limit, which imports all there is to import; then a limit on the address space,
 # and the command. `late`: the limit comes when the plan is made and training begins.

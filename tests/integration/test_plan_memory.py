@@ -6,6 +6,8 @@ import pytest
 
 from tests.benchmarks.memory import ALLOWED, CASES, Case, compare
 
+pytestmark = pytest.mark.memory
+
 SMALL = {
     "plain": CASES["tiny"],
     "checkpointing": Case("llama-tiny", rank=64, tokens=512, length=128, checkpointing=True),
@@ -24,10 +26,8 @@ def test_the_plan_is_right_within_a_tenth(folder: Path, name: str) -> None:
     assert predicted == pytest.approx(measured, rel=ALLOWED)
 
 
-@pytest.mark.cluster
-@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", sorted(CASES.keys() - {"tiny", "tiny-2-tenants"}))
 def test_the_table_is_right_within_a_tenth(folder: Path, name: str) -> None:
-    """All jobs of `python -m tests.benchmarks.memory`; too long for `make test`."""
+    """All jobs of `python -m tests.benchmarks.memory`."""
     predicted, measured = compare(CASES[name], folder)
     assert predicted == pytest.approx(measured, rel=ALLOWED)

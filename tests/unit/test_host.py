@@ -106,7 +106,7 @@ def club(tmp_path: Path) -> Club:
 
 
 def _host(job: JobConfig, club: Club, cache: Path) -> Host:
-    ground = open_ground(job, club.folder, cache, CPU, World(), Recorder())
+    ground = open_ground(job, cache, CPU, World(), Recorder())
     return Host(ground, club, Recorder())
 
 
