@@ -6,7 +6,7 @@ import pytest
 
 from tests.benchmarks.memory import ALLOWED, CASES, Case, compare
 
-pytestmark = pytest.mark.memory
+pytestmark = [pytest.mark.memory, pytest.mark.timeout(900)]
 
 SMALL = {
     "plain": CASES["tiny"],

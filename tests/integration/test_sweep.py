@@ -195,6 +195,22 @@ def test_twenty_trials_on_two_cores_most_of_them_stopped_early(
 
 
 @pytest.mark.cluster
+def test_a_sweep_whose_time_is_up_ends_with_the_best_it_has(
+    commands: Commands, job_file: JobFile, tmp_path: Path
+) -> None:
+    job = _job(job_file, "short", 40, trials=500, searcher="random", time_budget=20)
+    ended = commands.run("sweep", job, "--json")
+    assert ended.status == 0, ended.err
+    trials = ended.result["trials"]
+    assert {trial["status"] for trial in trials} == {"finished", "stopped"}
+    finished = [trial for trial in trials if trial["status"] == "finished"]
+    assert len(trials) < 500 and len(trials) - len(finished) <= 2
+    assert ended.result["best"]["eval_loss"] == min(trial["eval_loss"] for trial in finished)
+    again = commands.run("sweep", job, "--json")
+    assert again.status == 0 and again.result["trials"] == trials
+
+
+@pytest.mark.cluster
 def test_a_population_changes_its_learning_rates_on_the_way(
     commands: Commands, job_file: JobFile, tmp_path: Path
 ) -> None:
