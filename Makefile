@@ -36,7 +36,7 @@ test: $(VENV)/.model ## Unit and integration tests, but for those of the next th
 	$(BIN)/python -m pytest tests/unit tests/integration -m "not gpu and not cluster and not memory" -q
 
 test-memory: $(VENV)/.model ## What `plan` promises beside what real steps take, and runs under a limit
-	$(BIN)/python -m pytest tests/integration -m "memory and not gpu" -q
+	$(BIN)/python -m pytest tests/integration -m "memory and not gpu and not cluster" -q
 
 test-cluster: $(VENV)/.model ## Several nodes on this machine, and faults of every kind
 	$(BIN)/python -m pytest tests/integration -m cluster -q

@@ -48,9 +48,10 @@ class Head:
             return
         vocabulary, hidden = self.weight.shape
         size = max(1, SLICE_BYTES // (hidden * self.product_dtype.itemsize))
+        room = self.weight.new_empty(size, hidden, dtype=self.product_dtype)
         for start in range(0, vocabulary, size):
-            part = slice(start, start + size)
-            yield part, self.weight[part].to(self.product_dtype)
+            rows = self.weight[start : start + size]
+            yield slice(start, start + size), room[: len(rows)].copy_(rows)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 (tokens, vocabulary) for hidden states of (tokens, hidden)."""

@@ -365,5 +365,7 @@ def _slices(weight: Tensor, products: torch.dtype) -> Iterator[tuple[slice, Tens
         yield slice(None), weight
         return
     size = max(1, SLICE_BYTES // (weight.shape[1] * products.itemsize))
+    room = weight.new_empty(size, weight.shape[1], dtype=products)
     for start in range(0, weight.shape[0], size):
-        yield slice(start, start + size), weight[start : start + size].to(products)
+        rows = weight[start : start + size]
+        yield slice(start, start + size), room[: len(rows)].copy_(rows)

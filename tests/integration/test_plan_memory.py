@@ -6,7 +6,7 @@ import pytest
 
 from tests.benchmarks.memory import ALLOWED, CASES, Case, compare
 
-pytestmark = [pytest.mark.memory, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.memory
 
 SMALL = {
     "plain": CASES["tiny"],
@@ -26,8 +26,10 @@ def test_the_plan_is_right_within_a_tenth(folder: Path, name: str) -> None:
     assert predicted == pytest.approx(measured, rel=ALLOWED)
 
 
+@pytest.mark.cluster
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", sorted(CASES.keys() - {"tiny", "tiny-2-tenants"}))
 def test_the_table_is_right_within_a_tenth(folder: Path, name: str) -> None:
-    """All jobs of `python -m tests.benchmarks.memory`."""
+    """All jobs of `python -m tests.benchmarks.memory`; too long for `make test-memory`."""
     predicted, measured = compare(CASES[name], folder)
     assert predicted == pytest.approx(measured, rel=ALLOWED)
