@@ -27,7 +27,7 @@ _INHERITED = {
     # its speed.
     "RAY_worker_niceness": "0",
     # Ray Train trains in a thread. The C library gives a thread a heap of its own, which returns
-    # large blocks to the kernel whatever `training/memory.py` asks for: 16 times the page faults.
+    # large blocks to the kernel whatever `training/memory.py` asks for: five times the page faults.
     "MALLOC_ARENA_MAX": "1",
 }
 

@@ -42,7 +42,11 @@ class Head:
         return product_dtype(self.weight.dtype, self.weight.device)
 
     def slices(self) -> Iterator[tuple[slice, Tensor]]:
-        """The weight in the products' dtype; some rows at a time where it is kept in another."""
+        """The weight in the products' dtype; some rows at a time where it is kept in another.
+
+        Each slice is overwritten by the next: they share one block, for eight that are freed alone
+        leave holes in the heap that none of the next eight fits into.
+        """
         if self.product_dtype == self.weight.dtype:
             yield slice(None), self.weight
             return
