@@ -14,6 +14,15 @@ _SET = click.option(
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 
 
+def command() -> None:
+    """The program `orchestrator`."""
+    if "--local" in sys.argv:
+        from orchestrator.allocator import restart_with_settings
+
+        restart_with_settings()
+    main()
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="orchestrator")
 def main() -> None:

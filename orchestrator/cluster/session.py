@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 
+from orchestrator import allocator
 from orchestrator.cluster.plan import Resources, total
 from orchestrator.errors import OrchestratorError, RefusedError, first_line
 
@@ -26,9 +27,7 @@ _INHERITED = {
     # Where workers compute on the CPU, its other processes then interrupt every step: a quarter of
     # its speed.
     "RAY_worker_niceness": "0",
-    # Ray Train trains in a thread. The C library gives a thread a heap of its own, which returns
-    # large blocks to the kernel whatever `training/memory.py` asks for: five times the page faults.
-    "MALLOC_ARENA_MAX": "1",
+    **allocator.SETTINGS,
 }
 
 

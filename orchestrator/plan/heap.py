@@ -1,9 +1,9 @@
 """How much address space the C library's heap takes for a sequence of blocks.
 
 On a CPU torch asks glibc for blocks aligned to 64 bytes. glibc (2.36, malloc.c, _int_memalign)
-searches for 96 bytes more than it then keeps, and small objects settle in what is left over. So a
-block that was freed alone never serves a request of its own size again; only neighbours freed
-together do. Blocks from the mapping threshold on are pages of their own and cost what they hold.
+searches for 96 bytes more than it then keeps. So a block that was freed alone never serves a
+request of its own size again; neighbours freed together do, where nothing keeps them apart
+(allocator.py). Blocks from the mapping threshold on are pages of their own and cost what they hold.
 """
 
 from bisect import bisect_left, insort

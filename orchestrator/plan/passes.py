@@ -10,9 +10,9 @@ from orchestrator.errors import UnplannableError, first_line
 from orchestrator.plan.heap import heap_bytes
 from orchestrator.plan.shapes import Shape, build
 
-# Small objects among the blocks keep a heap from being as tight as the simulated one: real ones
-# took at least this share more than the blocks in all jobs that were measured but the tiniest.
-_LEAST_HOLES = 0.2
+# Layers by which two runs differ, on CUDA or not. A CPU's heap takes some layers to settle; from
+# there on its holes grow evenly.
+_LAYERS_APART = {True: 1, False: 8}
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class PassBytes:
 def pass_bytes(shape: Shape, planned: Pass) -> PassBytes:
     """Bytes of a pass.
 
-    Layers of one kind hold equally much, so a deep model is run at two depths only and the rest
-    follows in a straight line.
+    Layers of one kind hold equally much, so a deep model is run at two small depths only and the
+    rest follows in a straight line.
 
     Raises:
         UnplannableError: the model's own code does not run on the meta device.
@@ -82,18 +82,19 @@ def pass_bytes(shape: Shape, planned: Pass) -> PassBytes:
 def _pass_bytes(shape: Shape, planned: Pass) -> PassBytes:
     layers = shape.layers
     period, first = _period(shape)
-    shallow = first + period + (layers - first) % period
-    deep = shallow + period
+    apart = -(-_LAYERS_APART[planned.cuda] // period) * period
+    shallow = first + apart + (layers - first) % period
+    deep = shallow + apart
     if deep >= layers:
         return _run(shape, planned, layers)
     a, b = _run(shape, planned, shallow), _run(shape, planned, deep)
-    steps = (layers - deep) // period
+    steps = (layers - deep) / apart
     return PassBytes(
-        b.peak + steps * (b.peak - a.peak),
-        b.kept + steps * (b.kept - a.kept),
+        round(b.peak + steps * (b.peak - a.peak)),
+        round(b.kept + steps * (b.kept - a.kept)),
         b.logits,
         b.in_loss,
-        max(b.holes, b.holes + steps * (b.holes - a.holes)),
+        max(b.holes, round(b.holes + steps * (b.holes - a.holes))),
     )
 
 
@@ -141,8 +142,7 @@ def _run(shape: Shape, planned: Pass, depth: int) -> PassBytes:
     if not planned.cuda:
         # Only bfloat16 products go through oneDNN here; float32's have no code of their own.
         codes = set(ledger.products.values()) if planned.products == "bfloat16" else set()
-        simulated = heap_bytes(ledger.events, codes, planned.standing) - ledger.peak
-        holes = max(int(_LEAST_HOLES * ledger.peak), simulated)
+        holes = heap_bytes(ledger.events, codes, planned.standing) - ledger.peak
     return PassBytes(ledger.peak, kept, max(0, at_loss - kept), in_loss, holes)
 
 

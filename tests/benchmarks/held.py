@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import psutil
 
-_LOOK_SECONDS = 0.25
+_LOOK_SECONDS = 1.0
 # Ray's names for workers of ours and for Tune's trials.
 _TRAINING = ("ray::RayTrainWorker", "ray::ImplicitFunc")
 

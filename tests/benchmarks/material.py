@@ -58,7 +58,7 @@ def start(
     file = folder / f"{job['name']}.yaml"
     # JSON is YAML.
     file.write_text(json.dumps(job))
-    ours = [sys.executable, "-c", "from orchestrator.cli import main; main()"]
+    ours = [sys.executable, "-c", "from orchestrator.cli import command; command()"]
     return subprocess.Popen(
         [*ours, command, str(file), "--json", *arguments],
         env={**os.environ, "ORCHESTRATOR_CACHE": str(folder / "cache"), **environment},

@@ -14,13 +14,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from orchestrator.allocator import SETTINGS
+
 ALLOWED = 0.10
 STEPS = 3
 
 
 @dataclass(frozen=True)
 class Case:
-    """A job to predict and to measure: rows of `tokens`, of examples `length` long."""
+    """A job to predict and to measure: rows of `tokens`, of examples at most `length` long."""
 
     model: str
     rank: int = 16
@@ -122,7 +124,7 @@ def _in_process(role: str, case: Case, entry: Path) -> int:
     arguments = [sys.executable, "-m", "tests.benchmarks.memory", role, json.dumps(vars(case))]
     done = subprocess.run(
         [*arguments, str(entry)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+        env={**os.environ, **SETTINGS, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
@@ -191,6 +193,7 @@ def _measure(case: Case, entry: Path) -> int:
 
     from orchestrator.model import base as bases
     from orchestrator.model.adapters import AdapterSet
+    from orchestrator.model.attention import DENSE_LIMIT
     from orchestrator.training import budget, memory
     from orchestrator.training.collective import World
     from orchestrator.training.engine import Engine
@@ -212,10 +215,12 @@ def _measure(case: Case, entry: Path) -> int:
     ]
     budget.apply(budget.Budget(case.tokens, case.checkpointing), base.model)
     engine = Engine(base, adapters, World(), case.tokens)
-    each = case.tokens // case.length // case.tenants
     for step in range(STEPS):
+        # Long examples keep less than those whose attention's probabilities are kept.
+        length = case.length if step % 2 == 0 else min(case.length, DENSE_LIMIT)
+        each = case.tokens // length // case.tenants
         examples = [
-            [replace(e, trained=e.ids >= 0) for e in tiny.examples([case.length] * each, step)]
+            [replace(e, trained=e.ids >= 0) for e in tiny.examples([length] * each, step)]
             for _ in tenants
         ]
         batches = [

@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from orchestrator.cli import main
 
 SECONDS = 600
-PROGRAM = (sys.executable, "-c", "from orchestrator.cli import main; main()")
+PROGRAM = (sys.executable, "-c", "from orchestrator.cli import command; command()")
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "orchestrator"
-GROUND = {"errors", "places", "processor", "quiet"}
+GROUND = {"allocator", "errors", "places", "processor", "quiet"}
 CONFIG = GROUND | {"config", "jobfile", "identity"}
 # room: the rooms it may import
 MAY_IMPORT: dict[str, set[str]] = {
+    "allocator": set(),
     "errors": set(),
     "places": set(),
     "processor": set(),
