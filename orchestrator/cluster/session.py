@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,10 @@ _INHERITED = {
     # Where workers compute on the CPU, its other processes then interrupt every step: a quarter of
     # its speed.
     "RAY_worker_niceness": "0",
+    # Each of its processes wakes a hundred times a second: none waits for work that may come, none
+    # asks whether a node is to be taken away.
+    "RAY_num_workers_soft_limit": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     **allocator.SETTINGS,
 }
 
@@ -62,13 +66,14 @@ def session(address: str, say: Callable[[str], None]) -> Iterator[Session]:
         RefusedError: an address was given and no cluster answers there, or it wants a token.
         OrchestratorError: Ray does not start.
     """
-    with _own_sigterm():
-        own = _connect(address, say)
-    try:
-        nodes = (node["Resources"] for node in ray.nodes() if node["Alive"])
-        yield Session(own, tuple(map(_resources, nodes)), _most())
-    finally:
-        ray.shutdown()
+    with ExitStack() as environment:
+        with _own_sigterm():
+            own = _connect(address, say, environment)
+        try:
+            nodes = (node["Resources"] for node in ray.nodes() if node["Alive"])
+            yield Session(own, tuple(map(_resources, nodes)), _most())
+        finally:
+            ray.shutdown()
 
 
 def check_kept(run_dir: Path) -> None:
@@ -102,7 +107,19 @@ def _own_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _connect(address: str, say: Callable[[str], None]) -> bool:
+@contextmanager
+def _inherited() -> Iterator[None]:
+    """Set what processes of an own Ray inherit; a later session may be of another's."""
+    missing = {name: value for name, value in _INHERITED.items() if name not in os.environ}
+    os.environ.update(missing)
+    try:
+        yield
+    finally:
+        for name in missing:
+            os.environ.pop(name, None)
+
+
+def _connect(address: str, say: Callable[[str], None], environment: ExitStack) -> bool:
     options = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address != "local":
         token = _use_token()
@@ -122,8 +139,7 @@ def _connect(address: str, say: Callable[[str], None]) -> bool:
                     "run code on it. `ray get-auth-token --generate` before `ray start` closes it"
                 )
             return False
-    for name, value in _INHERITED.items():
-        os.environ.setdefault(name, value)
+    environment.enter_context(_inherited())
     try:
         # Ray itself switches its token on for a cluster that it starts so. Its dashboard is for
         # clusters that outlive a command; its eleven processes would cost two seconds of the start.

@@ -51,7 +51,7 @@ class Head:
             yield slice(None), self.weight
             return
         vocabulary, hidden = self.weight.shape
-        size = max(1, SLICE_BYTES // (hidden * self.product_dtype.itemsize))
+        size = min(vocabulary, max(1, SLICE_BYTES // (hidden * self.product_dtype.itemsize)))
         room = self.weight.new_empty(size, hidden, dtype=self.product_dtype)
         for start in range(0, vocabulary, size):
             rows = self.weight[start : start + size]

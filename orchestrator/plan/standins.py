@@ -325,7 +325,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         grad = torch.empty_like(hidden)
         size = max(16, LOGITS_BYTES // (4 * weight.shape[0]))
-        for start in range(0, len(hidden), size):
+        # Two chunks hold what a hundred hold.
+        for start in range(0, min(len(hidden), 2 * size), size):
             part = slice(start, start + size)
             grad[part] = _chunk(hidden[part], weight, softcap, scale, products)
         ctx.save_for_backward(grad)
@@ -342,8 +343,9 @@ def _chunk(
 ) -> Tensor:
     wide = hidden.to(products)
     logits = wide.new_empty(len(hidden), weight.shape[0])
-    for piece, own in _slices(weight, products):
-        torch.mm(wide, own.t(), out=logits[:, piece])
+    own = _slice(weight, products)
+    torch.mm(wide, own.t(), out=logits[:, : len(own)])
+    del own
     scores = logits.float()
     if scale != 1.0:
         scores = scores * scale
@@ -355,17 +357,15 @@ def _chunk(
         grad.mul_(1 - (scores / softcap).square())
     wide = grad.to(products)
     total = wide.new_zeros(len(grad), weight.shape[1])
-    for piece, own in _slices(weight, products):
-        total.addmm_(wide[:, piece], own)
+    own = _slice(weight, products)
+    total.addmm_(wide[:, : len(own)], own)
+    del own
     return total.float() * scale
 
 
-def _slices(weight: Tensor, products: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+def _slice(weight: Tensor, products: torch.dtype) -> Tensor:
+    """The block that all slices of the head's weight share."""
     if products == weight.dtype:
-        yield slice(None), weight
-        return
-    size = max(1, SLICE_BYTES // (weight.shape[1] * products.itemsize))
-    room = weight.new_empty(size, weight.shape[1], dtype=products)
-    for start in range(0, weight.shape[0], size):
-        rows = weight[start : start + size]
-        yield slice(start, start + size), room[: len(rows)].copy_(rows)
+        return weight
+    size = min(len(weight), max(1, SLICE_BYTES // (weight.shape[1] * products.itemsize)))
+    return weight.new_empty(size, weight.shape[1], dtype=products)

@@ -150,9 +150,11 @@ class World:
 def join(rank: int, size: int, device: torch.device, node: str, timeout: float) -> World:
     """Meet the others of torch's default process group; on GPUs tensors are summed by NCCL.
 
+    One alone leaves its group: gloo's thread would interrupt every step a hundred times a second.
+
     Args:
         rank: this process's place.
-        size: number of processes; one alone needs no group.
+        size: number of processes.
         device: what this process trains on.
         node: the machine it runs on, by whatever name.
         timeout: seconds of silence after which NCCL counts a worker as dead.
@@ -162,6 +164,8 @@ def join(rank: int, size: int, device: torch.device, node: str, timeout: float) 
         WorkerLostError: a worker died or is silent for longer than the group's timeout.
     """
     if size == 1:
+        if dist.is_initialized():
+            dist.destroy_process_group()
         return World()
     found: list[Any] = [None] * size
     tensors = None
