@@ -4,7 +4,7 @@ Knows job files and transformers' model classes, which it builds on torch's meta
 nothing of the rooms that do the work. That it mirrors them is what its tests hold.
 """
 
-from orchestrator.plan.planner import Plan, plan_job, plan_trial, trials_that_fit
+from orchestrator.plan.planner import Plan, plan_job, trials_that_fit, unfit_trial
 from orchestrator.plan.show import describe, refusal
 from orchestrator.plan.sizes import parse_bytes
 
@@ -13,7 +13,7 @@ __all__ = [
     "describe",
     "parse_bytes",
     "plan_job",
-    "plan_trial",
     "refusal",
     "trials_that_fit",
+    "unfit_trial",
 ]

@@ -24,9 +24,10 @@ from orchestrator.processor import product_dtype
 # Tokens of a pass, on CUDA or not, from which on longer ones are no faster and take more memory.
 MOST_TOKENS = {True: 16384, False: 1024}
 STEP, MOST_TRIALS = 256, 64
-# Tenants beyond these wait for one another's passes: a CPU is busy with one, a GPU with a few. The
-# fewer are at work, the more each later trial can learn from those before it.
-MOST_AT_ONCE = {True: 16, False: 4}
+# Tenants beyond these wait for one another's passes: a CPU is busy with one while the other's trial
+# asks its scheduler, a GPU with a few. The fewer are at work, the more each later trial can learn
+# from those before it, and on a CPU each one's process takes of its time.
+MOST_AT_ONCE = {True: 16, False: 2}
 # A budget that is chosen for the user leaves the allocator room for holes between its blocks.
 _FILLED = 0.9
 
@@ -176,14 +177,12 @@ def settle(need: Need) -> Settled:
     return Settled(need, max(1, count) * STEP, checkpointing)
 
 
-def most_tenants(need: Need) -> int:
-    """How many adapters at once fit over one base, at most MOST_TRIALS."""
+def most_tenants(need: Need, wanted: int = MOST_TRIALS) -> int:
+    """How many adapters at once fit over one base, at most `wanted`."""
     training = need.job.training
     tokens = STEP if training.tokens_per_pass == "auto" else training.tokens_per_pass
     recomputed = training.gradient_checkpointing is not False
-    return _largest(
-        MOST_TRIALS, lambda n: _fits(Settled(replace(need, trials=n), tokens, recomputed))
-    )
+    return _largest(wanted, lambda n: _fits(Settled(replace(need, trials=n), tokens, recomputed)))
 
 
 def trials_at_once(job: JobConfig, cuda: bool) -> int:

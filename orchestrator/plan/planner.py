@@ -7,7 +7,6 @@ from orchestrator.config import JobConfig
 from orchestrator.errors import UnplannableError
 from orchestrator.plan import advice as advices
 from orchestrator.plan.fit import (
-    MOST_TRIALS,
     Need,
     Settled,
     largest_rank,
@@ -96,25 +95,31 @@ def plan_job(
 
 
 def trials_that_fit(job: JobConfig, cuda: bool) -> int:
-    """How many adapters at once fit the device at hand; MOST_TRIALS where it is not to be known.
+    """How many adapters at once fit the device at hand, of those that are wanted at a time.
+
+    As many as are wanted where the device is not to be known.
 
     Args:
         job: the sweep's job.
         cuda: whether it trains on GPUs; this machine may be one without.
     """
-    need = _need_here(job, cuda)
-    return MOST_TRIALS if need is None else most_tenants(need)
+    need, wanted = _need_here(job, cuda), trials_at_once(job, cuda)
+    return wanted if need is None else most_tenants(need, wanted)
 
 
-def plan_trial(job: JobConfig, cuda: bool) -> Plan | None:
-    """The plan of one trial on the device at hand; None where it is not to be known.
+def unfit_trial(job: JobConfig, cuda: bool) -> Plan | None:
+    """The plan of one trial that does not fit the device at hand; None where it fits.
+
+    None too where that is not to be known.
 
     Args:
         job: the trial's job.
         cuda: whether it trains on GPUs; this machine may be one without.
     """
     need = _need_here(job, cuda)
-    return None if need is None else make_plan(need, calibrate=False)
+    if need is None or settle(need).total <= need.machine.memory:
+        return None
+    return make_plan(need, calibrate=False)
 
 
 def _need_here(job: JobConfig, cuda: bool) -> Need | None:
@@ -134,7 +139,7 @@ def _trials(need: Need) -> int:
     sweep, wanted = need.job.sweep, trials_at_once(need.job, need.machine.cuda)
     if sweep is None or sweep.concurrent != "auto":
         return wanted
-    return max(1, min(wanted, most_tenants(need)))
+    return max(1, most_tenants(need, wanted))
 
 
 def make_plan(need: Need, calibrate: bool = True) -> Plan:

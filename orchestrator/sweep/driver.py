@@ -11,7 +11,7 @@ from orchestrator.cluster.plan import WorkerPlan, plan_workers
 from orchestrator.cluster.session import Session, check_kept, session
 from orchestrator.config import JobConfig
 from orchestrator.errors import InterruptedRunError, OrchestratorError
-from orchestrator.plan import plan_trial, refusal, trials_that_fit
+from orchestrator.plan import refusal, unfit_trial
 from orchestrator.sweep import places, space
 from orchestrator.sweep.background import Background
 from orchestrator.sweep.fitting import leave_out
@@ -75,7 +75,7 @@ def run(job: JobConfig, run_dir: Path, say: Callable[[str], None]) -> dict[str, 
             plan = plan_workers(job.cluster, here.nodes, here.most, here.own)
             on_gpu = plan.gpus > 0
             job = leave_out(job, partial(_reason, on_gpu), say)
-            count = places.shared(job, on_gpu, trials_that_fit(job, on_gpu))
+            count = places.shared(job, on_gpu)
             _tell_places(run_dir, count)
             sweep = _Sweep(job, run_dir, here, plan, count, say)
             say(f"{sweep.places} trials at a time share one base on {plan.least} worker(s)")
@@ -89,11 +89,11 @@ def run(job: JobConfig, run_dir: Path, say: Callable[[str], None]) -> dict[str, 
 def _reason(on_gpu: bool, job: JobConfig) -> str | None:
     """Why a trial's job cannot be trained here, if so."""
     try:
-        plan = plan_trial(job.model_copy(update={"sweep": None}), on_gpu)
+        plan = unfit_trial(job.model_copy(update={"sweep": None}), on_gpu)
     except OrchestratorError:
         # A trial that cannot be at all, such as one of a layer that is not there, fails by itself.
         return None
-    return None if plan is None or plan.fits else refusal(plan)
+    return None if plan is None else refusal(plan)
 
 
 def _tell_places(run_dir: Path, count: int) -> None:

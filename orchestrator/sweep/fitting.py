@@ -47,9 +47,7 @@ def _fitting(
     def refusal(value: Any) -> str | None:
         return reason(with_params(job, {key: value}))
 
-    refusals = {place: refusal(value) for place, value in enumerate(values)}
-    kept = [value for place, value in enumerate(values) if refusals[place] is None]
-    why = next((refusal for refusal in refusals.values() if refusal is not None), None)
+    kept, why = _kept(values, refusal)
     if why is None:
         return domain
     if not kept:
@@ -62,6 +60,20 @@ def _fitting(
     say(f"sweep.search_space.{key}: searched up to {low} in place of {high}. {why}")
     # A range of one value is a list of one.
     return {kind: [values[0], low]} if low > values[0] else {"choice": [low]}
+
+
+def _kept(values: list[Any], refusal: Callable[[Any], str | None]) -> tuple[list[Any], str | None]:
+    """The values that fit, in their order, and why another does not."""
+    ranks = all(isinstance(value, int) for value in values)
+    refused = []
+    for value in sorted(values, reverse=True) if ranks else values:
+        if why := refusal(value):
+            refused.append((value, why))
+        elif ranks:
+            # All smaller ranks take less.
+            break
+    left = [value for value, _ in refused]
+    return [value for value in values if value not in left], refused[-1][1] if refused else None
 
 
 def _largest(low: int, high: int, fits: Callable[[int], bool]) -> tuple[int, int]:

@@ -4,19 +4,19 @@ from orchestrator.cluster.plan import Resources, WorkerPlan, plan_workers
 from orchestrator.cluster.session import Session
 from orchestrator.config import JobConfig, SweepConfig
 from orchestrator.errors import RefusedError
+from orchestrator.plan import trials_that_fit
 from orchestrator.plan.fit import trials_at_once
 
 
-def shared(job: JobConfig, on_gpu: bool, fitting: int) -> int:
+def shared(job: JobConfig, on_gpu: bool) -> int:
     """Trials at a time as tenants of one base.
 
     Args:
         job: the sweep's.
         on_gpu: whether the workers have GPUs.
-        fitting: how many adapters fit beside one base.
     """
     wanted = trials_at_once(job, on_gpu)
-    return wanted if _sweep(job).concurrent != "auto" else max(1, min(wanted, fitting))
+    return wanted if _sweep(job).concurrent != "auto" else max(1, trials_that_fit(job, on_gpu))
 
 
 def isolated(job: JobConfig, here: Session) -> tuple[WorkerPlan, int]:

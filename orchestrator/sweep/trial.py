@@ -4,7 +4,7 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import tune
@@ -14,10 +14,13 @@ from orchestrator.cluster.session import Session
 from orchestrator.config import JobConfig, SweepConfig
 from orchestrator.errors import InterruptedRunError, OrchestratorError
 from orchestrator.places import write_whole
-from orchestrator.sweep.launch import RunningEngine
 from orchestrator.sweep.space import trial_job
 from orchestrator.tracking.observer import stop_path
 from orchestrator.training.membership import Member
+
+if TYPE_CHECKING:
+    # It brings torch, which the trials of a shared engine do without: 200 MB and a second each.
+    from orchestrator.sweep.launch import RunningEngine
 
 # Searchers and schedulers take no NaN: a trial that failed is worse than any that did not.
 WORST = 1e9
@@ -133,6 +136,8 @@ class Trial(tune.Trainable):  # type: ignore[misc]
         if self._context.desk is not None:
             return self._context.desk
         if self._engine is None:
+            from orchestrator.sweep.launch import RunningEngine
+
             folder = engine_folder(self._folder)
             folder.mkdir(parents=True, exist_ok=True)
             stop_path(folder).unlink(missing_ok=True)

@@ -14,7 +14,7 @@ from orchestrator.config import JobConfig, ModelConfig
 from orchestrator.errors import RefusedError
 from orchestrator.jobfile import load_job
 from orchestrator.plan import describe, limits, plan_job, trials_that_fit
-from orchestrator.plan.fit import MOST_TRIALS, largest_batch, sharing, trials_at_once
+from orchestrator.plan.fit import largest_batch, sharing, trials_at_once
 from orchestrator.tracking.report import planned_and_measured
 from orchestrator.training import budget
 from orchestrator.training.budget import Budget
@@ -144,7 +144,7 @@ def test_a_model_that_cannot_be_planned_trains_all_the_same(tmp_path: Path) -> N
     ((name, fields),) = events
     assert name == "warning" and "without a plan" in fields["message"]
     budget.check_before_download(job, CPU, World(), 1)
-    assert trials_that_fit(job, False) == MOST_TRIALS
+    assert trials_that_fit(job, False) == trials_at_once(job, False) == 1
 
 
 def test_workers_that_share_a_gpu_share_its_memory() -> None:
