@@ -10,7 +10,7 @@ from pathlib import Path
 # The working directory that was submitted holds the package; it need not be installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from orchestrator.cli import main
+from orchestrator.cli import command
 
 if __name__ == "__main__":
-    main(["finetune", *sys.argv[1:]], prog_name="finetune.py")
+    command(["finetune", *sys.argv[1:]], "finetune.py")

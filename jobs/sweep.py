@@ -10,7 +10,7 @@ from pathlib import Path
 # The working directory that was submitted holds the package; it need not be installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from orchestrator.cli import main
+from orchestrator.cli import command
 
 if __name__ == "__main__":
-    main(["sweep", *sys.argv[1:]], prog_name="sweep.py")
+    command(["sweep", *sys.argv[1:]], "sweep.py")

@@ -9,15 +9,31 @@ heap grows: to 418 MiB where 207 were in use, in three steps of SmolLM2-135M wit
 import os
 import platform
 import sys
+from collections.abc import Mapping
+from pathlib import Path
 
+_TUNABLES, _NO_CACHE = "GLIBC_TUNABLES", "glibc.malloc.tcache_count"
 # Ray Train trains in a thread. A thread's own heap would return large blocks to the kernel whatever
 # `training/memory.py` asks for: five times the page faults.
-SETTINGS = {"MALLOC_ARENA_MAX": "1", "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}
+_ARENAS = "MALLOC_ARENA_MAX"
+_NVIDIA = Path("/dev/nvidiactl")
+
+
+def settings(environment: Mapping[str, str]) -> dict[str, str]:
+    """What a process that trains on a CPU wants beside what its environment says already."""
+    found = {} if _ARENAS in environment else {_ARENAS: "1"}
+    tunables = environment.get(_TUNABLES, "")
+    if _NO_CACHE not in tunables:
+        found[_TUNABLES] = ":".join(filter(None, [tunables, f"{_NO_CACHE}=0"]))
+    return found
 
 
 def restart_with_settings() -> None:
-    """Start this very command again with the settings, unless it has them or the user's own."""
-    missing = {name: value for name, value in SETTINGS.items() if name not in os.environ}
-    if missing and platform.libc_ver()[0] == "glibc":
-        os.environ.update(missing)
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    """Start this very command again with the settings, where it trains on a CPU without them.
+
+    Not under a debugger, which would lose it.
+    """
+    wanted = settings(os.environ)
+    alone = platform.libc_ver()[0] == "glibc" and not _NVIDIA.exists() and sys.gettrace() is None
+    if wanted and alone and sys.executable:
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **wanted})

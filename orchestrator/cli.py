@@ -14,13 +14,13 @@ _SET = click.option(
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 
 
-def command() -> None:
-    """The program `orchestrator`."""
+def command(arguments: list[str] | None = None, program: str | None = None) -> None:
+    """The program `orchestrator`, which may start itself again with other settings."""
     if "--local" in sys.argv:
         from orchestrator.allocator import restart_with_settings
 
         restart_with_settings()
-    main()
+    main(arguments, prog_name=program)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

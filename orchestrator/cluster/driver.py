@@ -12,6 +12,7 @@ from typing import Any
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from orchestrator import allocator
 from orchestrator.cluster.elastic import LivingNodes
 from orchestrator.cluster.plan import WorkerPlan, plan_workers
 from orchestrator.cluster.session import Session, check_kept, session
@@ -224,6 +225,7 @@ def _trainer(
                 max_failures=job.cluster.max_failures, controller_failure_limit=retries
             ),
             callbacks=[LivingNodes(plan.least)] if plan.elastic else [],
+            worker_runtime_env={} if plan.gpus else {"env_vars": allocator.settings(os.environ)},
         ),
     )
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import ray
 
-from orchestrator import allocator
 from orchestrator.cluster.plan import Resources, total
 from orchestrator.errors import OrchestratorError, RefusedError, first_line
 
@@ -31,7 +30,6 @@ _INHERITED = {
     # asks whether a node is to be taken away.
     "RAY_num_workers_soft_limit": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    **allocator.SETTINGS,
 }
 
 

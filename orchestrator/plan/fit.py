@@ -98,7 +98,9 @@ class Settled:
     @cached_property
     def passed(self) -> PassBytes:
         """The pass that holds most, of the rows that the data may give."""
-        return max((pass_bytes(self.need.shape, p) for p in self._passes()), key=lambda b: b.peak)
+        return max(
+            (pass_bytes(self.need.shape, p) for p in self._passes()), key=lambda b: b.peak + b.holes
+        )
 
     @cached_property
     def parts(self) -> dict[str, int]:
@@ -178,11 +180,12 @@ def settle(need: Need) -> Settled:
 
 
 def most_tenants(need: Need, wanted: int = MOST_TRIALS) -> int:
-    """How many adapters at once fit over one base, at most `wanted`."""
+    """How many adapters at once fit over one base, at most `wanted` and MOST_TRIALS."""
     training = need.job.training
     tokens = STEP if training.tokens_per_pass == "auto" else training.tokens_per_pass
     recomputed = training.gradient_checkpointing is not False
-    return _largest(wanted, lambda n: _fits(Settled(replace(need, trials=n), tokens, recomputed)))
+    most = min(wanted, MOST_TRIALS)
+    return _largest(most, lambda n: _fits(Settled(replace(need, trials=n), tokens, recomputed)))
 
 
 def trials_at_once(job: JobConfig, cuda: bool) -> int:

@@ -7,6 +7,7 @@ from orchestrator.config import JobConfig
 from orchestrator.errors import UnplannableError
 from orchestrator.plan import advice as advices
 from orchestrator.plan.fit import (
+    MOST_TRIALS,
     Need,
     Settled,
     largest_rank,
@@ -103,8 +104,11 @@ def trials_that_fit(job: JobConfig, cuda: bool) -> int:
         job: the sweep's job.
         cuda: whether it trains on GPUs; this machine may be one without.
     """
-    need, wanted = _need_here(job, cuda), trials_at_once(job, cuda)
-    return wanted if need is None else most_tenants(need, wanted)
+    need, wanted = _need_here(job, cuda), min(trials_at_once(job, cuda), MOST_TRIALS)
+    try:
+        return wanted if need is None else most_tenants(need, wanted)
+    except UnplannableError:
+        return wanted
 
 
 def unfit_trial(job: JobConfig, cuda: bool) -> Plan | None:

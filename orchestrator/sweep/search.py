@@ -7,6 +7,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, Populati
 from ray.tune.search import BasicVariantGenerator
 
 from orchestrator.config import JobConfig, SweepConfig
+from orchestrator.sweep.space import grid_order
 
 # Li et al. 2020, "A System for Massively Parallel Hyperparameter Tuning", use 4; 3 is milder.
 _REDUCTION = 3
@@ -53,8 +54,9 @@ def scheduler(job: JobConfig, sweep: SweepConfig, total_steps: int) -> Any:
 def _domain(sweep: SweepConfig, domain: dict[str, list[Any]]) -> Any:
     kind, values = next(iter(domain.items()))
     if kind in ("choice", "grid"):
-        listed = tune.grid_search if sweep.searcher == "grid" else tune.choice
-        return listed(list(values))
+        if sweep.searcher != "grid":
+            return tune.choice(list(values))
+        return tune.grid_search(grid_order(sweep, values))
     low, high = values
     if kind in ("uniform", "loguniform"):
         return getattr(tune, kind)(low, high)

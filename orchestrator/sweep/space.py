@@ -1,5 +1,6 @@
 """The search space: which keys of the job file, with which values. Pure, no Ray."""
 
+import random
 from collections.abc import Iterator, Mapping
 from itertools import islice, product
 from pathlib import Path
@@ -61,6 +62,17 @@ def _can_share(sweep: SweepConfig) -> bool:
     return all(
         key.startswith(_OF_THE_ADAPTER) and key not in _OF_THE_PASS for key in sweep.search_space
     )
+
+
+def grid_order(sweep: SweepConfig, values: list[Any]) -> list[Any]:
+    """A grid's values in the order of their trials.
+
+    Asynchronous halving stops who is worse than those before, so values that rise from worse to
+    better would all be trained to their end: for it they are mixed.
+    """
+    if sweep.scheduler != "asha":
+        return list(values)
+    return random.Random(sweep.seed).sample(values, len(values))
 
 
 def _edges(domain: Mapping[str, list[Any]]) -> list[Any]:

@@ -13,7 +13,8 @@ _TRAINING = ("ray::RayTrainWorker", "ray::ImplicitFunc")
 class Held:
     """The most bytes that this process's trainers hold at a time, shared pages counted once.
 
-    A context manager; `peak` is whole when it is left.
+    Looked at once a second: each look takes of the time of what it watches. A context manager;
+    `peak` is whole when it is left.
     """
 
     def __init__(self) -> None:

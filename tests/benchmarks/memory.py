@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from orchestrator.allocator import SETTINGS
+from orchestrator.allocator import settings
 
 ALLOWED = 0.10
 STEPS = 3
@@ -124,7 +124,7 @@ def _in_process(role: str, case: Case, entry: Path) -> int:
     arguments = [sys.executable, "-m", "tests.benchmarks.memory", role, json.dumps(vars(case))]
     done = subprocess.run(
         [*arguments, str(entry)],
-        env={**os.environ, **SETTINGS, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+        env={**os.environ, **settings({}), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,

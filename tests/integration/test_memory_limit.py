@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
+from orchestrator.allocator import settings
 from orchestrator.config import LoraConfig, TrainingConfig
 from orchestrator.model.adapters import AdapterSet
 from orchestrator.training.collective import World
@@ -87,7 +88,7 @@ def run_limited(commands: Commands, room: int, when: str, *arguments: object) ->
     folder = Path(str(arguments[1])).parent
     warm_up = job(folder, f"warm-up-{next(_NUMBERS)}", max_steps=1, batch_size=1)
     program = [sys.executable, "-c", LIMITED, str(warm_up), str(room * MIB), when]
-    return commands.wait(commands.start(*arguments, program=program))
+    return commands.wait(commands.start(*arguments, program=program, **settings({})))
 
 
 def test_what_does_not_fit_is_refused_and_runs_as_advised(commands: Commands, folder: Path) -> None:

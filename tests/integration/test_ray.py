@@ -27,7 +27,9 @@ def test_a_killed_worker_comes_back_and_the_curve_is_the_same(
     run_dir = tmp_path / "runs" / "ray"
     process = commands.start("finetune", job, "--json")
     wait_for(run_dir, reached(5), process)
-    _worker(process.pid).kill()
+    worker = _worker(process.pid)
+    assert "glibc.malloc.tcache_count=0" in worker.environ()["GLIBC_TUNABLES"]
+    worker.kill()
     ended = commands.wait(process)
     assert ended.status == 0, ended.err
     assert ended.result["restarts"] == 1 and ended.result["workers"] == 1

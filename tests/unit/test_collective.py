@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
-from orchestrator.training.collective import World
+from orchestrator.training.collective import World, join
 
 WORKER = """
 import json, sys
@@ -55,3 +56,10 @@ def test_a_worker_alone_hears_itself() -> None:
     world.sum([torch.ones(2)])
     assert world.take_answers() == [True, False]
     assert world.take_answers() == []
+
+
+def test_a_worker_alone_leaves_its_group(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'own'}", rank=0, world_size=1)
+    for _ in range(2):
+        assert join(0, 1, torch.device("cpu"), "node", 20.0).size == 1
+        assert not dist.is_initialized()

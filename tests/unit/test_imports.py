@@ -116,3 +116,8 @@ def test_reading_a_job_file_is_light() -> None:
         [sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_trial_of_a_shared_engine_brings_no_torch() -> None:
+    code = "import sys, orchestrator.sweep.trial; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent).returncode == 0

@@ -20,7 +20,10 @@ def _meet(rank: int, folder: str, dies: bool, said: Any) -> None:
     dist.init_process_group(
         "gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60)
     )
+    store.set(f"ready{rank}", "")
     if dies:
+        # Not while the other is still connecting: that is torch's part, not ours.
+        store.wait([f"ready{1 - rank}"])
         os._exit(1)
     try:
         world = join(rank, 2, CPU, f"node{rank}", 60)

@@ -158,6 +158,8 @@ def test_a_deep_model_follows_from_two_shallow_ones(
     whole = plan_passes._run(shape, planned, shape.layers)
     short = pass_bytes(shape, planned)
     assert (short.peak, short.kept) == (whole.peak, whole.kept)
+    # The heap's holes grow evenly only nearly.
+    assert abs(short.holes - whole.holes) <= 0.05 * whole.peak
 
 
 def test_checkpointing_tokens_and_rank_change_memory_the_right_way() -> None:

@@ -48,3 +48,14 @@ def test_where_nothing_fits_the_sweep_is_refused() -> None:
     job = _job(search_space={"lora.rank": {"choice": [128, 256]}})
     with pytest.raises(RefusedError, match="no value fits"):
         leave_out(job, _up_to_64, lambda _: None)
+
+
+def test_ranks_below_one_that_fits_are_not_planned() -> None:
+    asked: list[int] = []
+
+    def reason(job: JobConfig) -> str | None:
+        asked.append(job.lora.rank)
+        return _up_to_64(job)
+
+    leave_out(_job(search_space={"lora.rank": {"choice": [8, 64, 512]}}), reason, lambda _: None)
+    assert asked == [512, 64]

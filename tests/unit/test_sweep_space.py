@@ -91,3 +91,15 @@ def test_a_trial_is_a_fine_tune_of_its_own_and_the_best_one_a_job_file() -> None
     assert trial.sweep is None and trial.tracking.uri == "sqlite:///s.db"
     best = space.best_job(job, {"lora.rank": 8})
     assert best.sweep is None and best.lora.rank == 8 and best.name == "s-best"
+
+
+def test_a_grid_is_mixed_for_a_scheduler_that_compares_with_those_before() -> None:
+    values = [1e-4, 3e-4, 1e-3, 3e-3]
+    orders = {}
+    for scheduler in ("none", "asha"):
+        sweep = _job(RANKS, searcher="grid", trials=4, scheduler=scheduler).sweep
+        assert sweep is not None
+        orders[scheduler] = space.grid_order(sweep, values)
+        assert space.grid_order(sweep, values) == orders[scheduler]
+    assert orders["none"] == values
+    assert orders["asha"] != values and sorted(orders["asha"]) == values
