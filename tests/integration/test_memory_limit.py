@@ -110,7 +110,7 @@ def test_what_does_not_fit_is_refused_and_runs_as_advised(commands: Commands, fo
 def test_what_fits_ends_well(commands: Commands, folder: Path) -> None:
     """`auto` takes what the limit leaves, and no more."""
     path = job(folder, "fits", tokens_per_pass="auto")
-    ended = run_limited(commands, 300, "early", "finetune", path, "--local", "--json")
+    ended = run_limited(commands, 200, "early", "finetune", path, "--local", "--json")
     assert ended.status == 0, ended.err
     assert "Out of memory" not in ended.err
     (plan,) = [e for e in journal(folder / "runs" / "fits") if e["event"] == "plan"]
