@@ -26,8 +26,8 @@ _INHERITED = {
     # Where workers compute on the CPU, its other processes then interrupt every step: a quarter of
     # its speed.
     "RAY_worker_niceness": "0",
-    # Each of its processes wakes a hundred times a second: none waits for work that may come, none
-    # asks whether a node is to be taken away.
+    # Each of Ray's processes wakes a hundred times a second, so there are as few as may be: no idle
+    # worker is kept, and none watches for a node that is taken away.
     "RAY_num_workers_soft_limit": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }

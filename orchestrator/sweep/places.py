@@ -15,8 +15,9 @@ def shared(job: JobConfig, on_gpu: bool) -> int:
         job: the sweep's.
         on_gpu: whether the workers have GPUs.
     """
-    wanted = trials_at_once(job, on_gpu)
-    return wanted if _sweep(job).concurrent != "auto" else max(1, trials_that_fit(job, on_gpu))
+    if _sweep(job).concurrent != "auto":
+        return trials_at_once(job, on_gpu)
+    return max(1, trials_that_fit(job, on_gpu))
 
 
 def isolated(job: JobConfig, here: Session) -> tuple[WorkerPlan, int]:
