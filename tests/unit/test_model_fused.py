@@ -66,7 +66,9 @@ def test_known_kinds_give_their_own_numbers_and_gradients(
     plain = AdapterSet(own.model)
     assert not fused(own)
     expected = outcome(own, plain, trained_adapter(plain))
-    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+    for mine, theirs in zip(got, expected, strict=True):
+        # By their size: a single gradient may be what is left of large ones.
+        assert (mine - theirs).norm() < 1e-4 * theirs.norm()
 
 
 def test_another_activation_keeps_its_own_forward_pass() -> None:
