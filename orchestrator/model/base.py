@@ -14,6 +14,15 @@ from orchestrator.errors import ModelError, first_line
 from orchestrator.model import attention
 from orchestrator.model.loss import Head
 
+_DROPOUTS = (
+    "dropout",
+    "activation_dropout",
+    "attention_dropout",
+    "embedding_dropout",
+    "hidden_dropout",
+    "residual_dropout",
+    "layerdrop",
+)
 # What a store entry says of itself: its files' sizes, its dtype, the name of its model.
 ENTRY = "entry.json"
 
@@ -83,9 +92,13 @@ def wrap(model: Any, key: str) -> Base:
             # Otherwise the first forward pass without gradients repacks the weight in place for
             # inference, and no gradient flows through it any more.
             module.support_avx512bf16_for_cpu = False
+        # A step is a function of its number: only the adapters' keyed dropout draws.
         if isinstance(module, nn.Dropout):
-            # A step is a function of its number: only the adapters' keyed dropout draws.
             module.p = 0.0
+        for name in _DROPOUTS:
+            # Some modules draw by a rate of their own: OPT's, Starcoder 2's.
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
     head = model.get_output_embeddings()
     decoder = model.base_model
     if head is None or decoder is model:

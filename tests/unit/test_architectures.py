@@ -14,6 +14,7 @@ from orchestrator.config import LoraConfig, TrainingConfig
 from orchestrator.errors import ModelError
 from orchestrator.model.adapters import AdapterSet
 from orchestrator.model.base import from_pretrained
+from orchestrator.model.packed import hidden_states
 from orchestrator.model.support import check_architecture
 from orchestrator.training.export import prove_adapter, save_adapter
 from tests import tiny
@@ -141,3 +142,13 @@ def test_an_empty_or_wrong_adapter_fails_its_proof(tmp_path: Path) -> None:
     assert prove_adapter(*check, logits)["relative_error"] < 1e-4
     with pytest.raises(ProofError, match="does not reproduce"):
         prove_adapter(*check, logits + torch.randn_like(logits))
+
+
+def test_dropout_that_a_module_draws_by_itself_is_off(tmp_path: Path) -> None:
+    rates = {"residual_dropout": 0.5, "embedding_dropout": 0.5, "attention_dropout": 0.5}
+    config = transformers.Starcoder2Config(**tiny.COMMON, **rates)
+    base = tiny.load_base(tiny.save_model(tmp_path / "model", config))
+    base.model.train()
+    tokens = torch.arange(20)
+    first, second = (hidden_states(base, tokens, (12, 8)) for _ in range(2))
+    torch.testing.assert_close(first, second)
