@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from orchestrator.config import LoraConfig
 from orchestrator.errors import ModelError
 from orchestrator.model.fuse import fuse
-from orchestrator.model.lora import LoraLinear, Placement, Slot
+from orchestrator.model.lora import LoraLinear, Placement, Slot, ThreadPlacement
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,8 @@ class AdapterSet:
         self._model = model
         self._layers: dict[str, LoraLinear] = {}
         self._candidates = linear_layers(model)
-        self.placement = Placement()
+        on_cpu = next(model.parameters()).device.type == "cpu"
+        self.placement = ThreadPlacement() if on_cpu else Placement()
         fuse(model, self._wrap)
 
     def add(self, config: LoraConfig, seed: int) -> Adapter:

@@ -6,6 +6,7 @@ so that autograd carries nothing but activations. Layers that take the same inpu
 together: their A matrices are one product.
 """
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,6 +46,14 @@ class Placement:
     dropout_keys: tuple[tuple[int, int, int], ...] = ()
     # A leaf that needs a gradient, so that autograd visits the first layer too; never written to.
     anchor: Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
+
+
+class ThreadPlacement(Placement, threading.local):
+    """One for each thread, which passes a row of its own.
+
+    On a CPU only: on CUDA a thread of torch's runs the backward pass, in which layers that are
+    recomputed ask for their placement again.
+    """
 
 
 @dataclass(frozen=True)

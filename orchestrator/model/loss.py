@@ -13,7 +13,7 @@ from torch import Tensor
 
 from orchestrator.model.products import product_dtype
 
-# Bytes of float32 logits that may exist at a time.
+# Bytes of float32 logits that may exist at a time, unless a head says otherwise.
 LOGITS_BYTES = 64 * 2**20
 # Bytes of the head's weight that exist a second time where products run in another dtype.
 SLICE_BYTES = 16 * 2**20
@@ -25,16 +25,18 @@ class Head:
 
     softcap: logits become softcap * tanh(logits / softcap), as in Gemma 2.
     scale: factor on the logits, as in Cohere and Granite.
+    logits_bytes: bytes of float32 logits that may exist at a time.
     """
 
     weight: Tensor
     bias: Tensor | None = None
     softcap: float | None = None
     scale: float = 1.0
+    logits_bytes: int = LOGITS_BYTES
 
     def chunk(self) -> int:
         """Tokens whose logits are computed together."""
-        return max(16, LOGITS_BYTES // (4 * self.weight.shape[0]))
+        return max(16, self.logits_bytes // (4 * self.weight.shape[0]))
 
     @property
     def product_dtype(self) -> torch.dtype:

@@ -1,5 +1,6 @@
 """A job's bytes on one device as a function of its settings, and the best settings that fit."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -95,6 +96,14 @@ class Settled:
         sizes = [layer.weights for layer in self.need.shape.linears if layer.quantized]
         return max(sizes, default=0) * WIDTH[self.dtype]
 
+    @property
+    def _lanes_more(self) -> int:
+        """What passes side by side hold beyond one: a dequantized weight each (lanes.py)."""
+        if self.need.machine.cuda or self.need.machine.gpus > 1:
+            return 0
+        lanes = min(self.need.trials, os.cpu_count() or 1)
+        return (lanes - 1) * self.largest_weight * WIDTH[self.products] // WIDTH[self.dtype]
+
     @cached_property
     def passed(self) -> PassBytes:
         """The pass that holds most, of the rows that the data may give."""
@@ -115,6 +124,7 @@ class Settled:
             "optimizer": trials
             * optimizer_bytes(parameters, need.job.training.optimizer, need.machine),
         }
+        peak += self._lanes_more
         # Activations are gone when the workers sum their gradients.
         peak = max(peak, self.collective)
         moving = {"activations": peak - logits, "logits": logits}

@@ -6,11 +6,13 @@ adapter joins, is trained to its next evaluation, waits for the word to go on, a
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from orchestrator.errors import (
     InterruptedRunError,
@@ -18,12 +20,17 @@ from orchestrator.errors import (
     TrainingError,
     WorkerLostError,
 )
-from orchestrator.training import course, export
+from orchestrator.training import course, evaluation, export
 from orchestrator.training.course import Course, Ground
+from orchestrator.training.engine import Engine, StepResult
 from orchestrator.training.events import Observer
+from orchestrator.training.lanes import Lanes
 from orchestrator.training.membership import Member, Membership, Wishes
+from orchestrator.training.rows import Segment
 from orchestrator.training.run import emit_start
 
+# How a round's adapters are passed: together in one row, one after the other, or each in a thread.
+Layout = Literal["fused", "in turn", "side by side"]
 # Rounds of each layout that are timed before one is chosen.
 _TRIED_ROUNDS = 3
 
@@ -38,7 +45,8 @@ class Host:
         self._members: dict[str, Member] = {}
         # The base's own eval loss is every fresh adapter's: B is zero.
         self._base_loss: float | None = None
-        self._layout = Layout()
+        self._pace = Pace()
+        self._lanes = Lanes(ground.engine)
 
     def run(self) -> Path | None:
         """Until the membership is closed; returns the folder of the best member, if one is named.
@@ -46,6 +54,12 @@ class Host:
         Raises:
             InterruptedRunError: the observer asked to stop; every member has its checkpoint.
         """
+        try:
+            return self._run()
+        finally:
+            self._lanes.close()
+
+    def _run(self) -> Path | None:
         while True:
             wishes: Wishes = self._world.from_leader(
                 self._membership.wishes() if self._world.leads else None
@@ -113,43 +127,92 @@ class Host:
         self._tell(name)
 
     def _round(self, names: list[str]) -> None:
-        """One optimizer step of each."""
-        fused = self._layout.fuse(len(names))
-        began, tokens = time.perf_counter(), 0
-        for group in [names] if fused else [[name] for name in names]:
-            tokens += self._step(group)
-        self._layout.measured(len(names), fused, tokens, time.perf_counter() - began)
-        for name in names:
-            if name in self._courses and course.evaluation_due(self._courses[name]):
-                self._alone(name, partial(self._report, name))
-            elif name in self._courses:
-                course.save_if_due(self._courses[name])
+        """One optimizer step of each, and the evaluations that are due then."""
+        batches = {name: course.next_batch(self._courses[name], 0) for name in names}
+        longest = max(len(part.example.ids) for batch in batches.values() for part in batch)
+        layout: Layout = self._pace.choose(len(names), self._lanes.hold(len(names), longest))
+        # Each worker measures other times, and all must sum alike.
+        layout = self._world.from_leader(layout)
+        groups = [names] if layout == "fused" else [[name] for name in names]
+        works = [partial(self._pass, group, batches) for group in groups]
+        began = time.perf_counter()
+        if layout == "side by side":
+            results = [result for part in self._side_by_side(works) for result in part.results]
+            # They share the seconds, as those of a fused pass do.
+            groups, passed = [names], [_Passed(results, time.perf_counter() - began, 0.0)]
+        else:
+            passed = [work(self._ground.engine) for work in works]
+        seconds, tokens = time.perf_counter() - began, sum(part.tokens for part in passed)
+        self._pace.measured(len(names), layout, tokens, seconds)
+        for group, part in zip(groups, passed, strict=True):
+            self._take(group, part)
+        self._report([name for name in names if name in self._courses], layout)
 
-    def _step(self, names: list[str]) -> int:
+    def _side_by_side(self, works: Sequence[Callable[[Engine], "_Passed"]]) -> list["_Passed"]:
+        passed = []
+        for work, found in zip(works, self._lanes.run(works), strict=True):
+            if isinstance(found.exception(), TrainingError):
+                # The neighbours took the memory that it lacked; nothing was changed by it.
+                self._lanes.forbid()
+                passed.append(work(self._ground.engine))
+            else:
+                passed.append(found.result())
+        return passed
+
+    def _pass(
+        self, names: list[str], batches: dict[str, list[Segment]], engine: Engine
+    ) -> "_Passed":
+        """A step of adapters that share their passes."""
         began, waited = time.perf_counter(), self._world.waited
         states = [self._courses[name] for name in names]
-        batches = [course.next_batch(state, place) for place, state in enumerate(states)]
-        results = self._ground.engine.step(
+        results = engine.step(
             [state.tenant for state in states],
-            batches,
+            [[replace(part, tenant=n) for part in batches[name]] for n, name in enumerate(names)],
             [state.progress.step + 1 for state in states],
         )
-        seconds, waited = time.perf_counter() - began, self._world.waited - waited
-        total = sum(result.tokens for result in results)
-        for name, state, result in zip(names, states, results, strict=True):
-            share = result.tokens / total if total else 1 / len(names)
+        return _Passed(results, time.perf_counter() - began, self._world.waited - waited)
+
+    def _take(self, names: list[str], passed: "_Passed") -> None:
+        for name, result in zip(names, passed.results, strict=True):
+            # What a member took of a shared step, by its tokens.
+            share = result.tokens / passed.tokens if passed.tokens else 1 / len(names)
+            seconds, waited = max(passed.seconds * share, 1e-9), passed.waited * share
             try:
-                # What a member took of a shared step, by its tokens.
-                course.take_step(state, result, max(seconds * share, 1e-9), waited * share)
+                course.take_step(self._courses[name], result, seconds, waited)
             except TrainingError as error:
                 # The loss is summed over the workers: all of them see the same.
                 self._fail(name, str(error))
-        return total
 
-    def _report(self, name: str) -> None:
+    def _report(self, names: list[str], layout: Layout) -> None:
+        due = [name for name in names if course.evaluation_due(self._courses[name])]
+        losses = self._eval_losses(due) if layout == "side by side" else {}
+        for name in names:
+            if name in due:
+                self._alone(name, partial(self._evaluate, name, losses.get(name)))
+            else:
+                course.save_if_due(self._courses[name])
+
+    def _eval_losses(self, names: list[str]) -> dict[str, Future[float]]:
+        """The eval losses of several at once, where they can be had so."""
+        held_out = self._ground.data.validation
+        if held_out is None or not self._lanes.hold(len(names), int(held_out.lengths.max())):
+            return {}
+        works = [
+            partial(
+                evaluation.eval_loss, adapter=self._courses[name].tenant.adapter, dataset=held_out
+            )
+            for name in names
+        ]
+        return dict(zip(names, self._lanes.run(works), strict=True))
+
+    def _evaluate(self, name: str, loss: Future[float] | None) -> None:
         """Evaluate, save, and tell; a trial that is at its end has its adapter by then."""
         state = self._courses[name]
-        course.evaluate(state)
+        if loss is None or isinstance(loss.exception(), TrainingError):
+            # Alone, or again alone, for the neighbours took the memory that it lacked.
+            course.evaluate(state)
+        else:
+            course.evaluate(state, loss.result())
         state.progress = state.progress.reported(state.done)
         if state.done:
             course.save_at_last(state)
@@ -213,28 +276,51 @@ class Host:
         return self._membership.observe(folder) if self._world.leads else _Silent()
 
 
-class Layout:
-    """Whether a round's adapters share passes or are passed in turn, by what is faster here.
+@dataclass(frozen=True)
+class _Passed:
+    """Steps of adapters that shared their passes; waited: seconds of it in the collective."""
 
-    The first rounds of each number of adapters try both; the results are the same either way.
+    results: list[StepResult]
+    seconds: float
+    waited: float
+
+    @property
+    def tokens(self) -> int:
+        """Of all of them."""
+        return sum(result.tokens for result in self.results)
+
+
+class Pace:
+    """Which layout is the fastest here; the results are the same in any.
+
+    The first rounds of each number of adapters try them all.
     """
 
     def __init__(self) -> None:
-        self._seconds_per_token: dict[tuple[int, bool], list[float]] = {}
+        self._seconds_per_token: dict[tuple[int, Layout], list[float]] = {}
 
-    def fuse(self, adapters: int) -> bool:
-        """Whether the next round of so many adapters shares its passes."""
+    def choose(self, adapters: int, beside: bool) -> Layout:
+        """How the next round of so many adapters is passed.
+
+        Args:
+            adapters: how many there are.
+            beside: whether they can be passed side by side.
+        """
         if adapters == 1:
-            return True
-        fused, turns = (self._seconds_per_token.get((adapters, f), []) for f in (True, False))
-        if len(turns) < _TRIED_ROUNDS:
-            return len(fused) <= len(turns)
-        return min(fused) <= min(turns)
+            return "fused"
+        possible: list[Layout] = ["fused", "in turn"]
+        if beside:
+            possible.append("side by side")
+        taken = {layout: self._seconds_per_token.get((adapters, layout), []) for layout in possible}
+        least = min(possible, key=lambda layout: len(taken[layout]))
+        if len(taken[least]) < _TRIED_ROUNDS:
+            return least
+        return min(possible, key=lambda layout: min(taken[layout]))
 
-    def measured(self, adapters: int, fused: bool, tokens: int, seconds: float) -> None:
+    def measured(self, adapters: int, layout: Layout, tokens: int, seconds: float) -> None:
         """What a round took."""
-        taken = self._seconds_per_token.setdefault((adapters, fused), [])
-        if len(taken) <= _TRIED_ROUNDS and tokens:
+        taken = self._seconds_per_token.setdefault((adapters, layout), [])
+        if len(taken) < _TRIED_ROUNDS and tokens:
             taken.append(seconds / tokens if math.isfinite(seconds) else math.inf)
 
 

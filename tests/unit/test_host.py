@@ -1,5 +1,6 @@
 """Adapters that come and go over one base: each one's curve is its own, whoever is beside it."""
 
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,10 +10,13 @@ import pytest
 import torch
 
 from orchestrator.config import JobConfig
+from orchestrator.errors import TrainingError
 from orchestrator.jobfile import load_job
 from orchestrator.sweep.space import trial_job
 from orchestrator.training.collective import World
-from orchestrator.training.host import Host, Layout
+from orchestrator.training.engine import Engine
+from orchestrator.training.host import Host, Pace
+from orchestrator.training.lanes import Lanes
 from orchestrator.training.membership import Member, Wishes
 from orchestrator.training.run import open_ground, run
 
@@ -197,12 +201,137 @@ def test_a_fork_goes_on_from_another_ones_checkpoint(
     assert forked.losses()[-1] != pytest.approx(donor.losses()[-1], rel=1e-6)
 
 
-def test_the_faster_layout_is_chosen_after_trying_both() -> None:
-    layout = Layout()
-    tried = []
-    for _ in range(10):
-        fused = layout.fuse(3)
-        tried.append(fused)
-        layout.measured(3, fused, 100, 1.0 if fused else 2.0)
-    assert set(tried[:6]) == {True, False} and all(tried[6:])
-    assert layout.fuse(1)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_adapters_side_by_side_train_as_alone(
+    job: JobConfig,
+    club: Club,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    checkpointing: bool,
+) -> None:
+    recomputed = job.training.model_copy(update={"gradient_checkpointing": checkpointing})
+    job = job.model_copy(update={"training": recomputed})
+    monkeypatch.setattr(Pace, "choose", _beside)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    threads: set[int] = set()
+    for name in ("step", "evaluate"):
+        _note_thread(monkeypatch, name, threads)
+    cache = tmp_path / "cache"
+    club.join("a", job)
+    club.join("b", job, **{"lora.rank": 8, "lora.dropout": 0.5, "training.seed": 3})
+    club.join("lost", job, **{"training.learning_rate": 1e38})
+    jobs = dict(club.members)
+    _host(job, club, cache).run()
+    # The base's own eval loss is computed before there is anyone to be beside.
+    assert len(threads - {threading.get_ident()}) == 2
+    assert "loss of step" in club.failures["lost"]
+    for name in ("a", "b"):
+        alone = Recorder()
+        run(jobs[name].job, tmp_path / f"solo-{name}", cache, CPU, World(), alone)
+        for kind, value in (("step", "loss"), ("evaluation", "eval_loss")):
+            found = [event[value] for event in club.observers[name].of(kind)]
+            assert found == pytest.approx([e[value] for e in alone.of(kind)], rel=1e-5)
+
+
+def test_who_lacks_memory_beside_others_is_trained_alone(
+    job: JobConfig, club: Club, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    asked: list[bool] = []
+
+    def choose(pace: Pace, adapters: int, beside: bool) -> str:
+        asked.append(beside)
+        return "side by side" if beside else "fused"
+
+    monkeypatch.setattr(Pace, "choose", choose)
+    step, here = Engine.step, threading.get_ident()
+
+    def short(engine: Engine, tenants: Any, *arguments: Any) -> Any:
+        if threading.get_ident() != here and tenants[0].adapter.config.rank == 8:
+            raise TrainingError("Out of memory")
+        return step(engine, tenants, *arguments)
+
+    monkeypatch.setattr(Engine, "step", short)
+    club.join("a", job)
+    club.join("b", job, **{"lora.rank": 8})
+    _host(job, club, tmp_path / "cache").run()
+    assert asked[0] and not any(asked[1:])
+    for observer in club.observers.values():
+        assert len(observer.losses()) == 8 and not club.failures
+
+
+def test_workers_pass_as_the_leader_says_for_each_measures_other_times(
+    job: JobConfig, club: Club, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Any] = []
+
+    def from_leader(world: World, value: Any) -> Any:
+        told.append(value)
+        return "in turn" if isinstance(value, str) else value
+
+    monkeypatch.setattr(World, "from_leader", from_leader)
+    together: set[int] = set()
+    step = Engine.step
+
+    def noted(engine: Engine, tenants: Any, *arguments: Any) -> Any:
+        together.add(len(tenants))
+        return step(engine, tenants, *arguments)
+
+    monkeypatch.setattr(Engine, "step", noted)
+    club.join("a", job)
+    club.join("b", job)
+    _host(job, club, tmp_path / "cache").run()
+    assert "fused" in told and together == {1}
+
+
+def test_memory_that_runs_out_in_a_lane_shortens_the_passes_of_all(
+    job: JobConfig, tmp_path: Path
+) -> None:
+    engine = open_ground(job, tmp_path / "cache", CPU, World(), Recorder()).engine
+    engine.tokens_per_pass = 400
+    lanes = Lanes(engine)
+    lanes._threads = 2
+    assert lanes.hold(2, 200) and not lanes.hold(2, 201) and not lanes.hold(1, 10)
+
+    def shorten(part: Engine) -> int:
+        before, part.tokens_per_pass = part.tokens_per_pass, 150
+        return before
+
+    assert [found.result() for found in lanes.run([shorten, shorten])] == [200, 200]
+    assert engine.tokens_per_pass == 300
+
+    def fail(part: Engine) -> int:
+        raise ValueError("alone")
+
+    failed, done = lanes.run([fail, lambda part: torch.get_num_threads()])
+    assert str(failed.exception()) == "alone" and done.result() == 1
+    assert engine.tokens_per_pass == 300
+    lanes.close()
+
+
+def _note_thread(monkeypatch: pytest.MonkeyPatch, name: str, threads: set[int]) -> None:
+    work = getattr(Engine, name)
+
+    def noted(engine: Engine, *arguments: Any) -> Any:
+        threads.add(threading.get_ident())
+        return work(engine, *arguments)
+
+    monkeypatch.setattr(Engine, name, noted)
+
+
+def _beside(pace: Pace, adapters: int, beside: bool) -> str:
+    assert beside or adapters == 1
+    return "side by side" if beside else "fused"
+
+
+def test_the_fastest_layout_is_chosen_after_trying_all() -> None:
+    seconds = {"fused": 2.0, "in turn": 3.0, "side by side": 1.0}
+    for beside, best in ((True, "side by side"), (False, "fused")):
+        pace, tried = Pace(), []
+        for _ in range(12):
+            layout = pace.choose(3, beside)
+            tried.append(layout)
+            pace.measured(3, layout, 100, seconds[layout])
+        assert set(tried) == {layout for layout in seconds if beside or layout != "side by side"}
+        assert set(tried[9:]) == {best}
+    assert Pace().choose(1, False) == "fused"
