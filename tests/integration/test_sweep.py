@@ -73,8 +73,6 @@ def test_trials_are_nested_runs_whose_curves_are_those_of_solo_runs(
     assert {t["steps"] for t in trials.values()} == {12}
     tried = [trial["params"] for trial in trials.values()]
     assert all(point in tried for point in POINTS)
-    for trial in list(trials.values())[:2]:
-        _assert_equals_solo(commands, job, trial, folder)
     best = min(trials.values(), key=lambda trial: trial["eval_loss"])
     assert result["best"]["trial_id"] == best["trial_id"]
     client = MlflowClient(f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}")
@@ -91,6 +89,9 @@ def test_trials_are_nested_runs_whose_curves_are_those_of_solo_runs(
     assert "proof.relative_error" in client.get_run(result["run_id"]).data.tags
     again = commands.run("sweep", job, "--json")
     assert again.status == 0 and again.result["trials"] == result["trials"]
+    # Last, for these runs register adapters too; one may be better by a float's last digit.
+    for trial in list(trials.values())[:2]:
+        _assert_equals_solo(commands, job, trial, folder)
     accepted = commands.call("finetune", result["best"]["job"], "--local", "--json")
     assert accepted.status == 0, accepted.err
     assert accepted.result["eval_loss"] == pytest.approx(best["eval_loss"], rel=2e-3)
