@@ -14,6 +14,7 @@ from orchestrator.errors import ModelError, first_line
 from orchestrator.model import attention
 from orchestrator.model.loss import Head
 
+# Names under which modules of transformers keep a dropout rate of their own.
 _DROPOUTS = (
     "dropout",
     "activation_dropout",
@@ -96,7 +97,7 @@ def wrap(model: Any, key: str) -> Base:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for name in _DROPOUTS:
-            # Some modules draw by a rate of their own: OPT's, Starcoder 2's.
+            # As those of OPT and Starcoder 2 do.
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
     head = model.get_output_embeddings()

@@ -67,7 +67,9 @@ def test_known_kinds_give_their_own_numbers_and_gradients(
     assert not fused(own)
     expected = outcome(own, plain, trained_adapter(plain))
     for mine, theirs in zip(got, expected, strict=True):
-        # By their size: a single gradient may be what is left of large ones.
+        # A single gradient may be what is left of large ones: hence by the largest.
+        atol = 1e-5 * theirs.abs().max().item()
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=atol)
         assert (mine - theirs).norm() < 1e-4 * theirs.norm()
 
 
