@@ -191,6 +191,7 @@ def _loop_config(
         "working_dir": os.getcwd(),
         "proof": proof,
         "gpus": plan.gpus,
+        "own": here.own,
         "several_nodes": here.several_nodes,
         "collective_timeout": job.cluster.collective_timeout,
         # Who sets OMP_NUM_THREADS means it; Ray would set it to the worker's CPUs.

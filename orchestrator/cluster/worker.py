@@ -6,6 +6,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from orchestrator.cluster.priority import let_ray_wait
 from orchestrator.errors import OrchestratorError, RefusedError
 from orchestrator.quiet import quiet_libraries
 from orchestrator.storage.place import Place, worker_place
@@ -44,6 +45,9 @@ def as_worker(config: dict[str, Any], work: Callable[..., dict[str, Any]]) -> An
     try:
         device = _device(config["gpus"])
         world = _world(device, config["collective_timeout"])
+        if config["own"] and device.type == "cpu":
+            # All workers have joined by now, so none of them is taken for another process of Ray's.
+            let_ray_wait()
         place = _place(config, world)
         found = {**config, "run_dir": str(place.folder), "shared": _shared(place, world, config)}
         with (

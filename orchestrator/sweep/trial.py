@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import ray
 from ray import tune
 
 from orchestrator.cluster.plan import WorkerPlan
+from orchestrator.cluster.priority import go_last
 from orchestrator.cluster.session import Session
 from orchestrator.config import JobConfig, SweepConfig
 from orchestrator.errors import InterruptedRunError, OrchestratorError
@@ -63,6 +65,9 @@ class Trial(tune.Trainable):  # type: ignore[misc]
     def setup(self, config: dict[str, Any], context: Context) -> None:
         """Choose the trial's job; it joins the engine with its first step."""
         self._context = context
+        if context.desk is not None and context.here.own and not context.plan.gpus:
+            # From here on it only waits, beside an engine that computes on the same CPU.
+            go_last(psutil.Process())
         self._begin(config)
 
     def _begin(self, config: dict[str, Any]) -> None:

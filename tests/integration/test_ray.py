@@ -1,5 +1,6 @@
 """The same job through Ray Train on local Ray: same curve, and a worker that dies."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,6 +30,7 @@ def test_a_killed_worker_comes_back_and_the_curve_is_the_same(
     wait_for(run_dir, reached(5), process)
     worker = _worker(process.pid)
     assert "glibc.malloc.tcache_count=0" in worker.environ()["GLIBC_TUNABLES"]
+    assert _interrupting(process.pid) == {worker.pid, worker.ppid()}
     worker.kill()
     ended = commands.wait(process)
     assert ended.status == 0, ended.err
@@ -44,6 +46,16 @@ def test_an_error_the_user_can_mend_is_not_tried_again(
     ended = commands.run("finetune", job, "--json")
     assert ended.status == 2 and "q_proj" in ended.err
     assert ended.result["status"] == "refused"
+
+
+def _interrupting(command: int) -> set[int]:
+    """Of the processes that the command started, those with a thread of normal priority."""
+    found = set()
+    for process in psutil.Process(command).children(recursive=True):
+        threads = [os.getpriority(os.PRIO_PROCESS, thread.id) for thread in process.threads()]
+        if min(threads) < 19:
+            found.add(process.pid)
+    return found
 
 
 def _worker(command: int) -> psutil.Process:
