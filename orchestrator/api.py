@@ -11,16 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from ruamel.yaml import YAML
 
 from orchestrator.config import JobConfig
 from orchestrator.errors import OrchestratorError, RefusedError
-from orchestrator.identity import changed_keys
 from orchestrator.jobfile import dump_job, job_from_mapping, load_job
+from orchestrator.kept import check_run, check_sweep, finished_run, finished_sweep
 from orchestrator.places import cache_dir, is_uri, write_whole
 from orchestrator.quiet import quiet_libraries
 from orchestrator.storage.place import Place, command_place
-from orchestrator.tracking.cursor import Cursor
 from orchestrator.tracking.delivery import Delivery, deliver_pending
 from orchestrator.tracking.journal import journal_path, read_events
 from orchestrator.tracking.observer import JournalObserver, stop_path
@@ -63,8 +61,8 @@ def finetune(
     with _own(run_dir):
         place.open()
         deliver_pending(resolved, run_dir, say, _PENDING_SECONDS)
-        _check_same_job(resolved, place)
-        finished = _finished(resolved, place)
+        check_run(resolved, place)
+        finished = finished_run(resolved, place)
         if finished is None:
             write_whole(run_dir / "job.yaml", redact(dump_job(resolved)))
         place.publish()
@@ -106,8 +104,9 @@ def sweep(
         )
     run_dir = resolved.run_dir.absolute()
     with _own(run_dir):
+        check_sweep(resolved, run_dir)
         deliver_pending(resolved, run_dir, say, _PENDING_SECONDS)
-        finished = _finished_sweep(run_dir)
+        finished = finished_sweep(run_dir)
         if finished is not None:
             say(f"{resolved.name} is finished ({len(finished['trials'])} trials). {run_dir}")
             return finished
@@ -129,7 +128,7 @@ def _sweep(
     delivery, trials = Delivery(job, run_dir, say), TrialDeliveries(job, run_dir, say)
     delivery.start()
     trials.start()
-    status, error = "failed", None
+    status, error, engine = "failed", None, {}
     try:
         with watch(run_dir) if watch else _nothing(), _stop_on_interrupt(run_dir):
             engine = driver.run(job, run_dir, say)
@@ -140,6 +139,9 @@ def _sweep(
         status = "interrupted" if raised.exit_status == 130 else "failed"
         error = str(raised)
         raise
+    except KeyboardInterrupt:
+        status, error = "interrupted", "interrupted twice"
+        raise
     except BaseException as raised:
         error = f"{type(raised).__name__}: {raised}"
         raise
@@ -147,7 +149,8 @@ def _sweep(
         seconds = time.monotonic() - began
         settle(run_dir, "interrupted")
         with JournalObserver(run_dir) as observer:
-            observer.emit("finish", status=status, error=error, seconds=seconds)
+            measured = {name: value for name, value in engine.items() if name != "proof"}
+            observer.emit("finish", status=status, error=error, seconds=seconds, **measured)
         left = _DELIVERY_SECONDS if status == "finished" else _PENDING_SECONDS
         end = time.monotonic() + left
         report = delivery.close(left)
@@ -163,22 +166,6 @@ def _registered(job: JobConfig, delivery: Delivery) -> str | None:
     if job.tracking.registered_model is None:
         return None
     return delivery.catch_up(_DELIVERY_SECONDS).model_version
-
-
-def _finished_sweep(run_dir: Path) -> dict[str, Any] | None:
-    """The results of a finished sweep, if there is one."""
-    try:
-        found: dict[str, Any] = json.loads((run_dir / "result.json").read_text())
-    except (OSError, ValueError):
-        return None
-    if found.get("status") != "finished" or "trials" not in found:
-        return None
-    # MLflow may have taken the runs only after their command had ended.
-    for trial in (*found["trials"], found["best"]):
-        if (own := Cursor.peek(run_dir / "trials" / trial["trial_id"])) is not None:
-            trial["run_id"] = own.run_id
-    cursor = Cursor.load(run_dir)
-    return {**found, "run_id": cursor.run_id, "model_version": cursor.model_version}
 
 
 def _run(
@@ -262,6 +249,8 @@ def _own(run_dir: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise RefusedError(f"{run_dir} is in use: another command is running this job") from None
+    except OSError as error:
+        raise RefusedError(f"output_dir: {run_dir} cannot be written to: {error}") from error
     try:
         stop_path(run_dir).unlink(missing_ok=True)
         yield
@@ -292,38 +281,6 @@ def _stop_on_interrupt(run_dir: Path) -> Iterator[None]:
 @contextmanager
 def _nothing() -> Iterator[None]:
     yield
-
-
-def _check_same_job(job: JobConfig, place: Place) -> None:
-    """A run goes on with the job that began it, or not at all."""
-    kept = place.folder / "job.yaml"
-    if not kept.exists() or not place.begun():
-        return
-    # The kept file has no passwords: compared with them, a job with one would never go on.
-    now = job_from_mapping(YAML(typ="safe", pure=True).load(redact(dump_job(job))))
-    changes = changed_keys(load_job(kept), now)
-    if changes:
-        listed = "; ".join(f"{key} was {old!r}, is now {new!r}" for key, old, new in changes)
-        raise RefusedError(
-            f"{place.name} holds a run of this name with other settings: {listed}. "
-            "Give the job another name, restore the settings, or delete that folder"
-        )
-
-
-def _finished(job: JobConfig, place: Place) -> dict[str, Any] | None:
-    """The results of a finished run of just this length, if there is one."""
-    run_dir = place.folder
-    try:
-        results = json.loads((run_dir / "result.json").read_text())
-        before = load_job(run_dir / "job.yaml").training
-    except (OSError, ValueError, OrchestratorError):
-        return None
-    same = (before.max_steps, before.epochs) == (job.training.max_steps, job.training.epochs)
-    if not (same and results.get("status") == "finished" and place.has_adapter()):
-        return None
-    # MLflow may have taken the run only after its command had ended.
-    cursor = Cursor.load(run_dir)
-    return {**results, "run_id": cursor.run_id, "model_version": cursor.model_version}
 
 
 def _count_starts(run_dir: Path) -> int:

@@ -2,7 +2,9 @@
 
 import json
 import sys
-from contextlib import redirect_stdout
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from typing import Any, NoReturn
 
 import click
@@ -36,10 +38,8 @@ def main() -> None:
 @_JSON
 def finetune(job: str, overrides: tuple[str, ...], local: bool, as_json: bool) -> None:
     """Fine-tune as JOB.yaml says, or go on where it stopped."""
-    from orchestrator.errors import OrchestratorError
-
     console = _console()
-    try:
+    with _ending(job, as_json):
         from orchestrator.jobfile import load_job
 
         resolved = load_job(job, overrides)
@@ -54,10 +54,6 @@ def finetune(job: str, overrides: tuple[str, ...], local: bool, as_json: bool) -
                 say=lambda line: console.print(line, markup=False),
                 watch=lambda run_dir: watching(run_dir, console),
             )
-    except OrchestratorError as error:
-        _end(error.exit_status, str(error), as_json, job)
-    except KeyboardInterrupt:
-        _end(130, "Interrupted; run the same command again to go on", as_json, job)
     if as_json:
         click.echo(json.dumps(results))
     from orchestrator.summary import show
@@ -71,10 +67,8 @@ def finetune(job: str, overrides: tuple[str, ...], local: bool, as_json: bool) -
 @_JSON
 def sweep(job: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Search as JOB.yaml's sweep says, or go on where it stopped."""
-    from orchestrator.errors import OrchestratorError
-
     console = _console()
-    try:
+    with _ending(job, as_json):
         from orchestrator.jobfile import load_job
 
         resolved = load_job(job, overrides)
@@ -88,10 +82,6 @@ def sweep(job: str, overrides: tuple[str, ...], as_json: bool) -> None:
                 say=lambda line: console.print(line, markup=False),
                 watch=lambda run_dir: watching_sweep(resolved, run_dir, console),
             )
-    except OrchestratorError as error:
-        _end(error.exit_status, str(error), as_json, job)
-    except KeyboardInterrupt:
-        _end(130, "Interrupted; run the same command again to go on", as_json, job)
     if as_json:
         click.echo(json.dumps(results))
     from orchestrator.summary import show_sweep
@@ -109,9 +99,7 @@ def plan(
     job: str, overrides: tuple[str, ...], gpu_memory: str | None, gpus: int | None, as_json: bool
 ) -> None:
     """Say what JOB.yaml takes of a GPU, and whether it fits, without loading weights."""
-    from orchestrator.errors import OrchestratorError
-
-    try:
+    with _ending(job, as_json):
         from orchestrator.jobfile import load_job
         from orchestrator.plan import describe, parse_bytes, plan_job
         from orchestrator.quiet import quiet_libraries
@@ -120,8 +108,6 @@ def plan(
         size = None if gpu_memory is None else parse_bytes(gpu_memory)
         with redirect_stdout(sys.stderr):
             made = plan_job(load_job(job, overrides), size, gpus)
-    except OrchestratorError as error:
-        _end(error.exit_status, str(error), as_json, job)
     click.echo(describe(made), err=True)
     if as_json:
         click.echo(json.dumps(made.to_json()))
@@ -135,22 +121,19 @@ def ui(job: str, overrides: tuple[str, ...], port: int) -> None:
     """Open the MLflow UI over the job's store."""
     import os
 
-    from orchestrator.errors import OrchestratorError
     from orchestrator.jobfile import load_job
     from orchestrator.tracking.secrets import redact
     from orchestrator.tracking.store import tracking_uri
-    from orchestrator.tracking.ui import STORE_VARIABLE, ui_command
+    from orchestrator.tracking.ui import ui_command, ui_environment
 
-    try:
+    with _ending(job, as_json=False):
         resolved = load_job(job, overrides)
-    except OrchestratorError as error:
-        _end(error.exit_status, str(error), False, job)
     command = ui_command(resolved, port)
     if command is None:
-        click.echo(f"The UI is at {redact(tracking_uri(resolved))}")
+        click.echo(f"The UI is at {redact(tracking_uri(resolved))}", err=True)
         return
     click.echo(f"MLflow UI: http://127.0.0.1:{port} (Ctrl-C ends it)", err=True)
-    os.execve(command[0], command, {**os.environ, STORE_VARIABLE: tracking_uri(resolved)})
+    os.execve(command[0], command, {**os.environ, **ui_environment(resolved)})
 
 
 def _console() -> Any:
@@ -158,6 +141,25 @@ def _console() -> Any:
     from rich.console import Console
 
     return Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
+
+
+@contextmanager
+def _ending(job: str, as_json: bool) -> Iterator[None]:
+    """Where the command cannot go on, say why and leave with the status that says so too."""
+    from orchestrator.errors import OrchestratorError
+
+    try:
+        yield
+    except OrchestratorError as error:
+        _end(error.exit_status, str(error), as_json, job)
+    except KeyboardInterrupt:
+        _end(130, "Interrupted; run the same command again to go on", as_json, job)
+    except Exception as error:
+        from orchestrator.tracking.secrets import redact
+
+        # Not foreseen: where it happened is for whoever mends it.
+        click.echo(redact(traceback.format_exc()), err=True)
+        _end(1, redact(f"{type(error).__name__}: {error}"), as_json, job)
 
 
 def _end(status: int, message: str, as_json: bool, job: str) -> NoReturn:

@@ -83,9 +83,22 @@ def _auto_or_share(value: Any) -> Any:
     raise ValueError("give 'auto' or a number of GPUs, 0 or more")
 
 
+_BESIDE_RUNS = ("mlflow.db", "mlartifacts")
+
+
 def _file_name(value: str) -> str:
     if value in {".", ".."} or "/" in value or "\\" in value or not value.strip():
         raise ValueError("the name becomes a folder under output_dir, so it holds no slash")
+    if not value.isprintable():
+        raise ValueError("the name becomes a folder under output_dir: no line breaks or the like")
+    if value.startswith(".") or value in _BESIDE_RUNS:
+        raise ValueError(f"the folder {value} under output_dir is kept for other things")
+    return value
+
+
+def _model_name(value: str) -> str:
+    if not value.strip() or "/" in value or ":" in value:
+        raise ValueError("MLflow names models without / and :, such as support-bot")
     return value
 
 
@@ -244,7 +257,7 @@ class TrackingConfig(_Section):
     """An MLflow tracking URI; null keeps a SQLite store under output_dir, or in this machine's
     copy of it where that is a URI."""
     experiment: Annotated[str, Field(min_length=1)] = "default"
-    registered_model: str | None = None
+    registered_model: Annotated[str, AfterValidator(_model_name)] | None = None
     """Register the adapter under this name; alias `champion` marks the best by eval loss."""
 
 
@@ -272,6 +285,8 @@ def _search_space(value: Any) -> Any:
             numbers = all(isinstance(b, (int, float)) and not isinstance(b, bool) for b in bounds)
             if not (len(bounds) == 2 and numbers and bounds[0] < bounds[1]):
                 raise ValueError(f"{key}: {kind} takes [low, high] with low below high")
+            if kind.startswith("log") and bounds[0] <= 0:
+                raise ValueError(f"{key}: {kind} takes a low above 0, for 0 has no logarithm")
     return {str(key): dict(domain) for key, domain in value.items()}
 
 
@@ -289,7 +304,7 @@ class SweepConfig(_Section):
     metric: Literal["eval_loss", "perplexity", "train_loss", "tokens_per_second"] = "eval_loss"
     """What trials are compared by, as of their last evaluation."""
     mode: Literal["min", "max"] = "min"
-    """Whether a small or a large metric is better."""
+    """Whether a small or a large metric is better; large tokens_per_second are, unless said."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Decides what the searcher proposes; each trial's own seed is training.seed."""
     time_budget: Annotated[float, Field(gt=0)] | None = None
@@ -298,6 +313,13 @@ class SweepConfig(_Section):
     """Trials as tenants of one base, or each in a run of its own."""
     concurrent: Annotated[Literal["auto"] | int, BeforeValidator(_auto_or_positive_int)] = "auto"
     """Trials at a time."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fast_is_better(cls, content: Any) -> Any:
+        if isinstance(content, dict) and content.get("metric") == "tokens_per_second":
+            return {"mode": "max", **content}
+        return content
 
 
 class JobConfig(_Section):

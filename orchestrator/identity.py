@@ -20,15 +20,37 @@ _FREE = (
 )
 
 
-def changed_keys(before: JobConfig, now: JobConfig) -> list[tuple[str, Any, Any]]:
+# What may change between two commands over one sweep; Tune keeps the search that it began.
+_FREE_IN_SWEEPS = (
+    "output_dir",
+    "training.tokens_per_pass",
+    "training.gradient_checkpointing",
+    "cluster.",
+    "tracking.",
+)
+
+# A key, its value before and now.
+Change = tuple[str, Any, Any]
+
+
+def changed_keys(before: JobConfig, now: JobConfig) -> list[Change]:
     """Keys on which the two jobs would train differently, with both values.
 
     The number of steps may grow only where it does not bend the learning rate's schedule.
     """
-    old, new = dict(_flat(before.model_dump())), dict(_flat(now.model_dump()))
     free: tuple[str, ...] = _FREE
     if now.training.scheduler != "constant":
         free = tuple(key for key in _FREE if key not in ("training.max_steps", "training.epochs"))
+    return _changes(before, now, free)
+
+
+def changed_sweep_keys(before: JobConfig, now: JobConfig) -> list[Change]:
+    """Keys on which the two jobs would search or train differently, with both values."""
+    return _changes(before, now, _FREE_IN_SWEEPS)
+
+
+def _changes(before: JobConfig, now: JobConfig, free: tuple[str, ...]) -> list[Change]:
+    old, new = dict(_flat(before.model_dump())), dict(_flat(now.model_dump()))
     return [
         (key, old.get(key), new.get(key))
         for key in sorted({*old, *new})

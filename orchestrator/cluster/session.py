@@ -123,7 +123,12 @@ def _connect(address: str, say: Callable[[str], None], environment: ExitStack) -
         token = _use_token()
         try:
             ray.init(address=address, **options)
-        except (ConnectionError, RuntimeError, ray.exceptions.AuthenticationError) as error:
+        except (
+            OSError,
+            RuntimeError,
+            ValueError,
+            ray.exceptions.AuthenticationError,
+        ) as error:
             # A wrong token looks to Ray's client like a cluster that is not there.
             if address != "auto" or not isinstance(error, ConnectionError):
                 raise RefusedError(

@@ -41,6 +41,10 @@ class Desk:
     async def ask(self, name: str, member: Member, seconds: float) -> Answer:
         """Want a trial trained to its next evaluation; wait for it, at most so long."""
         if name not in self._failures:
+            before = self._members.get(name)
+            if before is not None and before.generation != member.generation:
+                # It goes on from elsewhere: what came of it before is not what it waits for.
+                self._reports.pop(name, None)
             self._members[name] = member
             self._ended.pop(name, None)
         await self._tell()

@@ -64,7 +64,8 @@ def run(job: JobConfig, run_dir: Path, say: Callable[[str], None]) -> dict[str, 
         say: is told what the user should know.
 
     Returns:
-        What the engine came to: workers, peak_memory_bytes, proof of the best trial's adapter.
+        What the engine came to: proof of the best trial's adapter, and of an engine that trials
+        shared also workers and peak_memory_bytes.
 
     Raises:
         OrchestratorError: the engine failed, or the user stopped it.
@@ -129,7 +130,8 @@ def _isolated(sweep: _Sweep) -> dict[str, Any]:
     if best is None:
         return {}
     with _engine(sweep, best.job, sweep.run_dir) as engine:
-        return engine.close(best.folder)
+        # It has trained nothing, so its memory says nothing.
+        return {"proof": engine.close(best.folder).get("proof")}
 
 
 def _engine(sweep: _Sweep, job: JobConfig, folder: Path) -> RunningEngine:

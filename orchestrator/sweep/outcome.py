@@ -9,6 +9,7 @@ from typing import Any
 from orchestrator.config import JobConfig
 from orchestrator.errors import OrchestratorError
 from orchestrator.jobfile import load_job
+from orchestrator.sweep.space import value_of
 from orchestrator.tracking.journal import journal_path, read_events
 from orchestrator.training.progress import perplexity
 
@@ -67,14 +68,6 @@ def best_trial(found: list[Outcome], metric: str, mode: str) -> Outcome | None:
     whole = [o for o in found if o.status == "finished" and _finite(getattr(o, metric))]
     choose = max if mode == "max" else min
     return choose(whole, key=lambda o: getattr(o, metric), default=None)
-
-
-def value_of(job: JobConfig, key: str) -> Any:
-    """What a job holds under a dotted key."""
-    value: Any = job
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value
 
 
 def _outcome(folder: Path) -> Outcome:

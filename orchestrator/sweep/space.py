@@ -6,6 +6,8 @@ from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from orchestrator.config import JobConfig, SweepConfig
 from orchestrator.errors import JobFileError, RefusedError
 from orchestrator.jobfile import job_from_mapping
@@ -39,6 +41,8 @@ def check(job: JobConfig) -> SweepConfig:
             raise RefusedError(f"sweep.search_space: {key} is the sweep's own and not searched")
         for value in _edges(domain):
             _try(job, {key: value}, f"sweep.search_space.{key}")
+        if isinstance(value_of(job, key), BaseModel):
+            raise RefusedError(f"sweep.search_space: {key} is a section; name one of its keys")
     for number, point in enumerate(sweep.points):
         if set(point) != set(sweep.search_space):
             keys = ", ".join(sorted(sweep.search_space))
@@ -143,6 +147,14 @@ def with_params(job: JobConfig, params: Params) -> JobConfig:
             place = below
         place[last] = value
     return job_from_mapping(content)
+
+
+def value_of(job: JobConfig, key: str) -> Any:
+    """What a job holds under a dotted key; None where a free mapping has no such entry."""
+    value: Any = job
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else getattr(value, part)
+    return value
 
 
 def _try(job: JobConfig, params: Params, where: str) -> None:

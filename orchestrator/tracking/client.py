@@ -11,12 +11,15 @@ from filelock import FileLock
 from orchestrator.config import JobConfig
 from orchestrator.tracking.store import tracking_uri
 
+# What is set where the user has no word of her own.
 # MLflow repeats a failed request seven times over four minutes, and a repeated "create run" whose
 # answer was lost makes a second run. Delivery itself tries again, and looks before it creates.
-_PATIENCE = {
+_SETTINGS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    # Whoever names a folder as the store means it.
+    "MLFLOW_ALLOW_FILE_STORE": "true",
 }
 # Its migrations take some ten seconds on a slow disk.
 _MAKING_SECONDS = 120
@@ -25,7 +28,7 @@ _TALKATIVE = ("mlflow", "alembic")
 
 def connect(job: JobConfig) -> Any:
     """An `MlflowClient` of the job's store; what the user set in the environment stays."""
-    for name, value in _PATIENCE.items():
+    for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
 

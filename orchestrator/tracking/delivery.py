@@ -264,8 +264,8 @@ def deliver_pending(job: JobConfig, run_dir: Path, say: Say, timeout: float) -> 
             elif is_finished(path):
                 # A run that goes on delivers its own journal.
                 answers = _deliver_now(job, folder, say, end)
-        except Timeout:
-            # Another command is at work on it.
+        except (Timeout, OSError):
+            # Another command is at work on it, or it is another user's.
             continue
         except OrchestratorError as error:
             say(redact(str(error)))

@@ -52,5 +52,5 @@ def planned_and_measured(events: Events) -> dict[str, Any] | None:
         return None
     planned = {name: value for name, value in plans[-1].items() if name not in ("event", "time")}
     ends = [event for event in events if event["event"] == "finish" and event.get(_MEASURED[0])]
-    measured = {name: ends[-1].get(name) for name in _MEASURED} if ends else {}
+    measured = {name: ends[-1][name] for name in _MEASURED if name in ends[-1]} if ends else {}
     return {"planned": planned, "measured": measured}

@@ -160,8 +160,8 @@ def take_step(course: Course, result: StepResult, seconds: float, waited: float)
         raise TrainingError(
             f"The loss of step {step} is {result.loss}; nothing was changed by it. Lower "
             f"training.learning_rate (now {course.job.training.learning_rate}) or "
-            "training.max_grad_norm, or look at the data of this step; the last checkpoint is in "
-            f"{course.folder}"
+            "training.max_grad_norm under another name, or look at the data of this step; the "
+            f"last checkpoint is in {course.folder}"
         )
     course.progress = course.progress.stepped(result.loss, result.tokens, seconds)
     course.observer.emit(

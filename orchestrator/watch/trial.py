@@ -7,7 +7,7 @@ from typing import Any
 
 from orchestrator.errors import OrchestratorError
 from orchestrator.jobfile import load_job
-from orchestrator.sweep.outcome import value_of
+from orchestrator.sweep.space import value_of
 from orchestrator.sweep.words import short_labels, shown
 from orchestrator.tracking.journal import journal_path, read_events
 

@@ -33,6 +33,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "accumulate": {"gradient_checkpointing": False},
     "packing": {"gradient_checkpointing": False, "packing": True, "packing_strategy": "bfd"},
     "packing_checkpointing": {"packing": True, "packing_strategy": "bfd"},
+    # Processors without fast bfloat16 are faster so; all but this compute in bfloat16.
+    "float32": {"gradient_checkpointing": False, "bf16": False},
 }
 
 
@@ -69,14 +71,15 @@ def make_trainer(
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
     from trl import SFTConfig, SFTTrainer
 
+    dtype = torch.float32 if setting == "float32" else torch.bfloat16
     base = AutoModelForCausalLM.from_pretrained(
         model,
-        dtype=torch.bfloat16,
+        dtype=dtype,
         quantization_config=BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_compute_dtype=dtype,
         ),
     )
     packed, accumulated = "packing" in SETTINGS[setting], setting == "accumulate"

@@ -214,9 +214,10 @@ def test_two_of_two_workers_survive_the_deaths_of_their_nodes(
     runs: Runs, cluster: RayCluster, whole: Curve
 ) -> None:
     """A fixed number of workers: one node has a spare, for the next there is none yet."""
-    spare = cluster.add(cpus=1)
+    cluster.add(cpus=1)
     command, run_dir = runs.start("nodes")
     wait_for(run_dir, reached(15), command)
+    (spare,) = [node for node in cluster.nodes if not node.workers()]
     cluster.kill(_node_of_leader(cluster))
     wait_for(run_dir, lambda events: len(_begun(events)) == 2 and reached(60)(events), command)
     assert spare.workers(), "the spare node took the dead one's place"

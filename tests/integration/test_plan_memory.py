@@ -1,10 +1,13 @@
 """Predicted against measured peak memory of real steps, each in a process of its own."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from tests.benchmarks.memory import ALLOWED, CASES, Case, compare
+from tests.conftest import write_job
+from tests.integration.conftest import Commands, journal
 
 pytestmark = pytest.mark.memory
 
@@ -24,6 +27,30 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_plan_is_right_within_a_tenth(folder: Path, name: str) -> None:
     predicted, measured = compare(SMALL[name], folder)
     assert predicted == pytest.approx(measured, rel=ALLOWED)
+
+
+@pytest.mark.timeout(900)
+def test_a_sweep_takes_what_its_plan_says(
+    commands: Commands, smollm2: Path, tmp_path: Path
+) -> None:
+    """Two trials through Ray, in every layout: nine rounds try them all three times."""
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": f"{n} cats " * 75}) + "\n" for n in range(40)))
+    job = write_job(
+        tmp_path,
+        smollm2,
+        "planned",
+        quantization={"compute_dtype": "bfloat16"},
+        data={"train": str(texts), "max_length": 256},
+        training={"max_steps": 9, "batch_size": 2, "tokens_per_pass": 512},
+        evaluation={"every": 9, "samples": 0},
+        cluster={"address": "local"},
+        sweep={"trials": 2, "search_space": {"lora.rank": {"choice": [8, 16]}}},
+    )
+    assert commands.run("sweep", job).status == 0
+    events = {event["event"]: event for event in journal(tmp_path / "runs" / "planned")}
+    predicted = events["plan"]["per_gpu_bytes"]["total"]
+    assert predicted == pytest.approx(events["finish"]["peak_memory_bytes"], rel=ALLOWED)
 
 
 @pytest.mark.cluster

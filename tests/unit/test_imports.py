@@ -32,7 +32,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sweep": CONFIG | {"plan", "training", "tracking", "cluster"},
     "watch": CONFIG | {"tracking", "sweep"},
     "summary": CONFIG | {"sweep"},
-    "api": CONFIG | {"plan", "training", "tracking", "storage", "cluster", "sweep"},
+    "kept": CONFIG | {"tracking", "storage"},
+    "api": CONFIG | {"kept", "plan", "training", "tracking", "storage", "cluster", "sweep"},
     "cli": CONFIG | {"plan", "tracking", "sweep", "api", "watch", "summary"},
     "__init__": CONFIG | {"api"},
 }

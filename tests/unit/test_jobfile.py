@@ -153,6 +153,13 @@ def test_anchored_values_keep_their_types(tmp_path: Path) -> None:
         ("data.train.x=3", "data.train holds a value"),
         ("lora.rank=", "null is not allowed"),
         ("data.validation=false", "give a share"),
+        ('name="a\\nb"', "no line breaks"),
+        ("name=mlflow.db", "kept for other things"),
+        ("name=.bases", "kept for other things"),
+        ("tracking.registered_model=me/bot", "without / and :"),
+        ("tracking.registered_model=''", "without / and :"),
+        ("sweep.search_space={training.weight_decay: {loguniform: [0, 0.1]}}", "above 0"),
+        ("sweep.search_space={training.warmup_steps: {logint: [0, 8]}}", "above 0"),
     ],
 )
 def test_bad_overrides_are_named(tmp_path: Path, override: str, words: str) -> None:

@@ -34,6 +34,7 @@ def _job(search_space: dict[str, Any], **sweep: Any) -> JobConfig:
         # What the searcher would give is no whole number.
         ({"lora.rank": {"uniform": [4, 8]}}, {}, "lora.rank"),
         ({"output_dir": {"choice": ["a", "b"]}}, {}, "output_dir"),
+        ({"lora": {"choice": [{"rank": 4}, {"rank": 8}]}}, {}, "lora is a section"),
         ({"training.warmup_steps": {"int": [0, 50]}}, {}, "training.warmup_steps"),
         (
             {"training.warmup_steps": {"choice": [0, 15]}, "training.max_steps": {"int": [10, 30]}},
@@ -103,3 +104,11 @@ def test_a_grid_is_mixed_for_a_scheduler_that_compares_with_those_before() -> No
         assert space.grid_order(sweep, values) == orders[scheduler]
     assert orders["none"] == values
     assert orders["asha"] != values and sorted(orders["asha"]) == values
+
+
+def test_the_fastest_trial_is_the_best_unless_said() -> None:
+    by_speed = _job(RANKS, metric="tokens_per_second").sweep
+    slowest = _job(RANKS, metric="tokens_per_second", mode="min").sweep
+    by_loss = _job(RANKS).sweep
+    assert by_speed and slowest and by_loss
+    assert (by_speed.mode, slowest.mode, by_loss.mode) == ("max", "min", "min")
