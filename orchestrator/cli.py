@@ -1,6 +1,7 @@
 """The commands: parse, call, print. Nothing heavy is imported before a command runs."""
 
 import json
+import math
 import sys
 import traceback
 from collections.abc import Iterator
@@ -55,7 +56,7 @@ def finetune(job: str, overrides: tuple[str, ...], local: bool, as_json: bool) -
                 watch=lambda run_dir: watching(run_dir, console),
             )
     if as_json:
-        click.echo(json.dumps(results))
+        click.echo(json.dumps(_finite(results)))
     from orchestrator.summary import show
 
     show(resolved, job, results, console)
@@ -106,9 +107,16 @@ def plan(
 
         quiet_libraries()
         size = None if gpu_memory is None else parse_bytes(gpu_memory)
+        resolved = load_job(job, overrides)
+        if resolved.sweep is not None and resolved.sweep.search_space:
+            from orchestrator.sweep.space import check
+
+            check(resolved)
         with redirect_stdout(sys.stderr):
-            made = plan_job(load_job(job, overrides), size, gpus)
+            made = plan_job(resolved, size, gpus)
     click.echo(describe(made), err=True)
+    if resolved.sweep is not None:
+        click.echo("this is of the sweep; --set sweep=null plans the fine-tune alone", err=True)
     if as_json:
         click.echo(json.dumps(made.to_json()))
 
@@ -160,6 +168,12 @@ def _ending(job: str, as_json: bool) -> Iterator[None]:
         # Not foreseen: where it happened is for whoever mends it.
         click.echo(redact(traceback.format_exc()), err=True)
         _end(1, redact(f"{type(error).__name__}: {error}"), as_json, job)
+
+
+def _finite(results: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no word for a loss that is not a number."""
+    odd = [n for n, v in results.items() if isinstance(v, float) and not math.isfinite(v)]
+    return {**results, **dict.fromkeys(odd)}
 
 
 def _end(status: int, message: str, as_json: bool, job: str) -> NoReturn:

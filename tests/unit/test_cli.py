@@ -1,6 +1,7 @@
 """What the commands say where they cannot go on."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,13 @@ from click.testing import CliRunner
 
 from orchestrator import api
 from orchestrator.cli import main
+
+
+def _job(folder: Path, sections: str = "") -> str:
+    path = folder / "job.yaml"
+    head = f"name: a\noutput_dir: {folder}/runs\n"
+    path.write_text(head + "model: {base: b}\ndata: {train: t.jsonl}\n" + sections)
+    return str(path)
 
 
 @pytest.mark.parametrize("command", ["finetune", "sweep"])
@@ -28,9 +36,31 @@ def test_an_error_that_nobody_foresaw_is_told_in_one_object_too(
         raise error
 
     monkeypatch.setattr(api, command, fail)
-    job = tmp_path / "job.yaml"
-    job.write_text("name: a\nmodel: {base: b}\ndata: {train: t.jsonl}\n")
-    ended = CliRunner().invoke(main, [command, str(job), "--json"])
+    ended = CliRunner().invoke(main, [command, _job(tmp_path), "--json"])
     assert ended.exit_code == status
     assert json.loads(ended.stdout)["status"] == word
     assert ("Traceback" in ended.stderr) == (word == "failed")
+
+
+@pytest.mark.parametrize("command", [["finetune", "--local"], ["sweep"]])
+def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path: Path, command: list[str]) -> None:
+    # A folder where the lock's file belongs refuses also root.
+    (tmp_path / "runs" / "a" / ".lock").mkdir(parents=True)
+    job = _job(tmp_path, "sweep: {search_space: {lora.rank: {choice: [4, 8]}}}\n")
+    ended = CliRunner().invoke(main, [*command, job, "--json"])
+    assert ended.exit_code == 2, ended.output
+    assert "output_dir" in json.loads(ended.stdout)["error"]
+
+
+def test_a_plan_refuses_a_space_that_no_sweep_takes(tmp_path: Path) -> None:
+    job = _job(tmp_path, "sweep: {search_space: {lora.rank: {choice: [much]}}}\n")
+    ended = CliRunner().invoke(main, ["plan", job, "--json"])
+    assert ended.exit_code == 2 and "lora.rank" in json.loads(ended.stdout)["error"]
+
+
+def test_a_loss_that_is_no_number_is_null(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = {"eval_loss": math.nan, "initial_eval_loss": None, "adapter": "a"}
+    monkeypatch.setattr(api, "finetune", lambda *_, **__: results)
+    ended = CliRunner().invoke(main, ["finetune", _job(tmp_path), "--json"])
+    assert ended.exit_code == 0
+    assert json.loads(ended.stdout) == {**results, "eval_loss": None}

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.jobfile import job_from_mapping
 from orchestrator.tracking.champion import Decision, Version, decide
 from orchestrator.tracking.cursor import Cursor
+from orchestrator.tracking.delivery import deliver_pending
 from orchestrator.tracking.journal import Journal, read_events
 from orchestrator.tracking.secrets import redact
 from orchestrator.tracking.system import SystemSampler
@@ -139,6 +141,17 @@ def test_cursor_keeps_its_key(tmp_path: Path) -> None:
     assert Cursor.load(tmp_path).offset == 7
     (tmp_path / ".delivery.json").write_text("{torn")
     assert Cursor.load(tmp_path).offset == 0
+
+
+def test_another_users_run_beside_disturbs_nobody(tmp_path: Path) -> None:
+    """Its journal is not delivered yet, and its lock cannot be taken, not even by root."""
+    with Journal(tmp_path / "theirs" / "journal.jsonl") as journal:
+        journal.append("start")
+    (tmp_path / "theirs" / ".lock").mkdir()
+    job = job_from_mapping({"name": "own", "model": {"base": "b"}, "data": {"train": "t.jsonl"}})
+    said: list[str] = []
+    deliver_pending(job, tmp_path / "own", said.append, 5)
+    assert not said
 
 
 def test_sampler_reads_this_machine() -> None:
