@@ -64,6 +64,8 @@ def finetune(
         check_run(resolved, place)
         finished = finished_run(resolved, place)
         if finished is None:
+            # Results of a shorter run of this name are not this one's, however it ends.
+            write_whole(run_dir / "result.json", json.dumps({"status": "running"}))
             write_whole(run_dir / "job.yaml", redact(dump_job(resolved)))
         place.publish()
         if finished is not None:

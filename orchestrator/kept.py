@@ -101,7 +101,7 @@ def _of_another_kind(job: JobConfig, where: str, held: str, wanted: str) -> str:
 
 
 def _holds_sweep(run_dir: Path) -> bool:
-    return (run_dir / "trials").exists()
+    return (run_dir / "trials").exists() or (run_dir / ".tune").exists()
 
 
 def _holds_steps(run_dir: Path) -> bool:

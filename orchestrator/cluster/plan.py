@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from orchestrator.config import ClusterConfig
 from orchestrator.errors import RefusedError
 
+# On the head of a cluster with an autoscaler: what it may bring the workers to in all.
+MOST_VARIABLE = "ORCHESTRATOR_MAX_RESOURCES"
 # Ray counts in ten-thousandths: a tenth of a GPU fits on it ten times.
 _ROUNDING = 1e-4
 
@@ -54,6 +56,22 @@ class WorkerPlan:
     def resources(self) -> dict[str, float]:
         """Resources of one worker, in Ray's words."""
         return Resources(self.cpus, self.gpus).named
+
+
+def told_resources(text: str) -> Resources:
+    """What a text such as `CPU=64,GPU=8` says.
+
+    Raises:
+        RefusedError: it is of another form.
+    """
+    try:
+        pairs = dict(part.split("=") for part in text.split(","))
+        named = {name.strip(): float(amount) for name, amount in pairs.items()}
+        if not named.keys() <= {"CPU", "GPU"} or min(named.values()) < 0:
+            raise ValueError
+    except ValueError:
+        raise RefusedError(f"{MOST_VARIABLE}: {text!r} is not of the form CPU=64,GPU=8") from None
+    return Resources(named.get("CPU", 0.0), named.get("GPU", 0.0))
 
 
 def plan_workers(

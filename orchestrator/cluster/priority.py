@@ -14,6 +14,8 @@ import psutil
 _LOWEST = 19
 # Workers compute, and trials import while others compute. Who has no name yet may become either.
 _BUSY = ("ray::RayTrainWorker", "ray::Trial", "ray::IDLE")
+# What Ray's processes are started from or called; the command may have other children.
+_OF_RAY = ("ray::", "/ray/", "gcs_server")
 
 
 def let_ray_wait() -> None:
@@ -27,8 +29,9 @@ def let_ray_wait() -> None:
     if raylet is None or starter is None:
         return
     for process in [*raylet.children(), *starter.children()]:
-        with suppress(psutil.NoSuchProcess):
-            if process.pid != raylet.pid and not _is_busy(process):
+        # Of one that is gone by now, or another user's, there is nothing to know.
+        with suppress(psutil.Error):
+            if process.pid != raylet.pid and _waits(process):
                 go_last(process)
 
 
@@ -37,10 +40,11 @@ def go_last(process: psutil.Process) -> None:
     if sys.platform != "linux":
         return
     for thread in process.threads():
-        with suppress(ProcessLookupError):
+        with suppress(ProcessLookupError, PermissionError):
             os.setpriority(os.PRIO_PROCESS, thread.id, _LOWEST)
 
 
-def _is_busy(process: psutil.Process) -> bool:
+def _waits(process: psutil.Process) -> bool:
     title = " ".join(process.cmdline())
-    return title.startswith(_BUSY) or "default_worker.py" in title
+    busy = title.startswith(_BUSY) or "default_worker.py" in title
+    return not busy and any(word in title for word in _OF_RAY)

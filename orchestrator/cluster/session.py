@@ -12,7 +12,7 @@ from typing import Any
 
 import ray
 
-from orchestrator.cluster.plan import Resources, total
+from orchestrator.cluster.plan import MOST_VARIABLE, Resources, told_resources, total
 from orchestrator.errors import OrchestratorError, RefusedError, first_line
 
 _JOIN = (
@@ -119,7 +119,8 @@ def _inherited() -> Iterator[None]:
 
 def _connect(address: str, say: Callable[[str], None], environment: ExitStack) -> bool:
     options = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if address != "local":
+    named = address != "auto" or bool(os.environ.get("RAY_ADDRESS"))
+    if address != "local" and (named or _started_here()):
         token = _use_token()
         try:
             ray.init(address=address, **options)
@@ -130,7 +131,7 @@ def _connect(address: str, say: Callable[[str], None], environment: ExitStack) -
             ray.exceptions.AuthenticationError,
         ) as error:
             # A wrong token looks to Ray's client like a cluster that is not there.
-            if address != "auto" or not isinstance(error, ConnectionError):
+            if named or not isinstance(error, ConnectionError):
                 raise RefusedError(
                     f"cluster.address: no Ray cluster at {address} lets this command in "
                     f"({first_line(error)}). {_JOIN}"
@@ -154,6 +155,16 @@ def _connect(address: str, say: Callable[[str], None], environment: ExitStack) -
     return True
 
 
+def _started_here() -> bool:
+    """Whether `ray start` has made this machine part of a cluster.
+
+    Ray itself would also join what another command has started for itself, and die with it.
+    """
+    from ray._private.services import find_bootstrap_address
+
+    return find_bootstrap_address(None) is not None
+
+
 def _use_token() -> bool:
     """Show a token where there is one; Ray's clients of a given address do not by themselves."""
     from ray._private.authentication import authentication_token_setup as setup
@@ -163,11 +174,17 @@ def _use_token() -> bool:
 
 
 def _most() -> Resources | None:
-    """What the autoscaler's own configuration admits."""
+    """What the autoscaler's own configuration admits, or its head's environment says of it.
+
+    Ray's own autoscaler does not tell its configuration (2.60).
+    """
     from ray._private.state import state
 
     most = state.get_max_resources_from_cluster_config()
-    return None if most is None else _resources(most)
+    if most is not None:
+        return _resources(most)
+    told = os.environ.get(MOST_VARIABLE)
+    return told_resources(told) if told else None
 
 
 def _resources(named: dict[str, Any]) -> Resources:

@@ -82,7 +82,8 @@ def _shared(place: Place, world: Any, config: dict[str, Any]) -> Any:
 
     if not config["several_nodes"] and world.nodes == 1:
         return None
-    return place.bases() or bases_beside(place.folder.parent)
+    # Trials in engines of their own share those of their sweep.
+    return place.bases() or bases_beside(Path(config.get("output_dir", place.folder.parent)))
 
 
 @contextmanager

@@ -20,6 +20,9 @@ from orchestrator.errors import ModelError
 from orchestrator.model.fuse import fuse
 from orchestrator.model.lora import LoraLinear, Placement, Slot, ThreadPlacement
 
+# Linear layers with a forward pass of their own that is the same product.
+_PRODUCTS = ("Linear4bit", "Conv1D", "FalconLinear")
+
 
 @dataclass(frozen=True)
 class _Shape:
@@ -180,14 +183,21 @@ class AdapterSet:
 
 def linear_layers(model: Any) -> dict[str, nn.Module]:
     """Every linear layer that can take an adapter, by name: all but the output head."""
-    from transformers.pytorch_utils import Conv1D
-
     head = model.get_output_embeddings()
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and module is not head
+        if module is not head and _is_product(module)
     }
+
+
+def _is_product(module: nn.Module) -> bool:
+    """Whether it does what a linear layer does; routers of experts are some that do more."""
+    from transformers.pytorch_utils import Conv1D
+
+    kind = type(module)
+    plain = kind.forward is nn.Linear.forward or kind.__name__ in _PRODUCTS
+    return plain and isinstance(module, (nn.Linear, Conv1D))
 
 
 def target_layers(candidates: dict[str, nn.Module], targets: str | Sequence[str]) -> list[str]:

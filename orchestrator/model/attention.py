@@ -66,9 +66,10 @@ def segmented_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     longest = max(lengths)
     window = None if sliding_window is None or sliding_window >= longest else sliding_window
-    if softcap is not None or (window is not None and not _has_varlen(query)):
+    varlen = _has_varlen(query, value)
+    if softcap is not None or (window is not None and not varlen):
         out = _masked(query, key, value, lengths, scale, window, softcap)
-    elif _has_varlen(query):
+    elif varlen:
         out = _varlen(query, key, value, lengths, scale, window)
     elif query.device.type == "cpu" and longest <= DENSE_LIMIT:
         dense: Any = _DenseSegments.apply
@@ -82,6 +83,11 @@ def _by_segment(
     query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float
 ) -> Tensor:
     gqa = query.shape[1] != key.shape[1]
+    if gqa and query.is_cuda:
+        # The kernel that keeps no scores takes one key head for each query head only.
+        repeat = query.shape[1] // key.shape[1]
+        key, value = (t.repeat_interleave(repeat, dim=1) for t in (key, value))
+        gqa = False
     parts = [
         F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
         for q, k, v in _split(query, key, value, lengths)
@@ -122,10 +128,11 @@ def _split(
     return zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True)
 
 
-def _has_varlen(query: Tensor) -> bool:
-    """Whether torch's variable-length flash attention takes this tensor."""
+def _has_varlen(query: Tensor, value: Tensor) -> bool:
+    """Whether torch's variable-length flash attention takes these tensors."""
     return (
         query.is_cuda
+        and query.shape[-1] == value.shape[-1]
         and query.dtype in (torch.float16, torch.bfloat16)
         and query.shape[-1] <= 256
         and query.shape[-1] % 8 == 0

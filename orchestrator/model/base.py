@@ -33,6 +33,8 @@ class Base:
     """A frozen base, loaded: the model, its decoder without the head, and the head.
 
     attention: the implementation the model itself came with.
+    short: tokens up to which a row's positions are turned by other factors than in longer rows
+    (LongRoPE, Ding et al. 2024, section 3.2); None where all rows are alike.
     """
 
     model: Any
@@ -42,6 +44,7 @@ class Base:
     device: torch.device
     dtype: torch.dtype
     attention: str
+    short: int | None = None
 
     @contextmanager
     def unpacked(self) -> Iterator[None]:
@@ -118,7 +121,16 @@ def wrap(model: Any, key: str) -> Base:
         head.weight.device,
         head.weight.dtype,
         own_attention,
+        _short(text_config),
     )
+
+
+def _short(config: Any) -> int | None:
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return None
+    known = rope.get("original_max_position_embeddings")
+    return known or getattr(config, "original_max_position_embeddings", None)
 
 
 def _logit_scale(config: Any) -> float:

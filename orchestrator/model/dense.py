@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from orchestrator.errors import ModelError, first_line
+from orchestrator.model.gguf_rope import scale_rope
 from orchestrator.model.gguf_weights import gguf_weights
 from orchestrator.model.source import ModelSource
 
@@ -73,6 +74,8 @@ def _skeleton(source: ModelSource, dtype: torch.dtype) -> Any:
     trust = source.trust_remote_code
     options = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
     config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust, **options)
+    if source.gguf_file is not None:
+        scale_rope(source.folder / source.gguf_file, config)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)
 

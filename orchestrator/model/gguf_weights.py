@@ -7,6 +7,7 @@ import torch
 
 from orchestrator.errors import ModelError
 from orchestrator.model.base import load_tokenizer
+from orchestrator.model.gguf_rope import scale_rope
 from orchestrator.model.source import ModelSource
 
 # Architectures whose tensors transformers' loader changes one by one, so that each can be read
@@ -85,5 +86,6 @@ def dequantize_gguf(source: ModelSource, dtype: torch.dtype, folder: Path) -> No
         tokenizer = load_tokenizer(source.folder, source.gguf_file)
     except (ValueError, OSError, KeyError) as error:
         raise ModelError(f"model.base: {source.name} cannot be read as GGUF: {error}") from error
+    scale_rope(source.folder / str(source.gguf_file), model.config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 def is_rms_norm(module: nn.Module) -> bool:
     """Whether a module looks like an RMS norm of transformers."""
-    return type(module).__name__.endswith("RMSNorm") and _epsilon(module) is not None
+    named = type(module).__name__.endswith("RMSNorm") and _epsilon(module) is not None
+    weight = getattr(module, "weight", None)
+    return named and isinstance(weight, Tensor) and weight.dim() == 1
 
 
 def rms_norm(module: Any, x: Tensor) -> Tensor:

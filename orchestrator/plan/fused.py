@@ -37,7 +37,7 @@ def _maker(module: nn.Module) -> Callable[[Any], Any] | None:
     name = type(module).__name__
     # Gemma's norms multiply by 1 + weight: not the numbers of ours.
     if name.endswith("RMSNorm") and not name.startswith("Gemma"):
-        return _norm
+        return _norm if getattr(module, "weight", None) is not None else None
     if name in ROTARY:
         return _rotary
     layers = all(isinstance(getattr(module, layer, None), PlannedLinear) for layer in _GATED)

@@ -14,6 +14,10 @@ from orchestrator.errors import ModelError, UnplannableError, first_line
 from orchestrator.plan.known import KNOWN
 from orchestrator.plan.standins import ATTENTION, register
 
+# Linear layers with a forward pass of their own that is the same product. Others are no plain
+# layers, such as routers of experts: they get no adapter and are not quantized.
+_PRODUCTS = ("Conv1D", "FalconLinear")
+
 
 @dataclass(frozen=True)
 class Linear:
@@ -110,7 +114,10 @@ def measure(model: Any) -> Shape:
     skipped = list(get_keys_to_not_convert(model))
     linears = []
     for name, module in model.named_modules():
+        own = type(module).forward is not nn.Linear.forward
         if module is head or not isinstance(module, (nn.Linear, Conv1D)):
+            continue
+        if own and type(module).__name__ not in _PRODUCTS:
             continue
         outputs, inputs = module.weight.shape
         if isinstance(module, Conv1D):

@@ -1,5 +1,6 @@
 """One sweep: Ray Tune deciding about trials, and the engines that train them."""
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -51,7 +52,13 @@ class _Sweep:
     def context(self, desk: Any) -> Context:
         """What every trial is told; without a desk each starts an engine of its own."""
         return Context(
-            self.job, self.trials_dir, tracking_uri(self.job), desk, self.plan, self.here
+            self.job,
+            self.trials_dir,
+            tracking_uri(self.job),
+            desk,
+            self.plan,
+            self.here,
+            os.getcwd(),
         )
 
 
@@ -135,7 +142,8 @@ def _isolated(sweep: _Sweep) -> dict[str, Any]:
 
 
 def _engine(sweep: _Sweep, job: JobConfig, folder: Path) -> RunningEngine:
-    return RunningEngine(job, folder, sweep.plan, sweep.here, sweep.say, sweep.places)
+    output_dir = sweep.run_dir.parent
+    return RunningEngine(job, folder, sweep.plan, sweep.here, sweep.say, sweep.places, output_dir)
 
 
 def _tune(sweep: _Sweep, desk: Any) -> Background:

@@ -36,9 +36,10 @@ def _serve(config: dict[str, Any], device: Any, world: Any, observer: Any) -> di
         return results
     # On a GPU that holds one base, the trained one must go before a fresh one is loaded.
     del ground
-    adapter = best / "adapter"
+    adapter, trust = best / "adapter", config["job"].model.trust_remote_code
     ids, logits = export.kept_claim(adapter)
-    return {**results, "proof": export.prove_adapter(adapter, entry, device, dtype, ids, logits)}
+    proof = export.prove_adapter(adapter, entry, device, dtype, ids, logits, trust)
+    return {**results, "proof": proof}
 
 
 class DeskMembership:

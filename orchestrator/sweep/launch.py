@@ -31,10 +31,22 @@ class RunningEngine:
         here: Session,
         say: Callable[[str], None],
         places: int,
+        output_dir: Path,
     ) -> None:
+        """Start it.
+
+        Args:
+            job: what it trains, or the base and data of its trials.
+            folder: of its journal.
+            plan: how many workers, with what each.
+            here: the session.
+            say: is told what the user should know.
+            places: trials at a time.
+            output_dir: the sweep's; machines share quantized bases in it.
+        """
         self.desk = open_desk(places)
         ray.get(self.desk.ready.remote(), timeout=_ANSWER_SECONDS)
-        more = {"desk": self.desk, "trials": places}
+        more = {"desk": self.desk, "trials": places, "output_dir": str(output_dir)}
         self._run = Background(
             lambda: run_workers(job, folder, plan, here, say, serve, more),
             lambda: ray.get(self.desk.engine_ended.remote(), timeout=_ANSWER_SECONDS),

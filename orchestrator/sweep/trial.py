@@ -1,6 +1,7 @@
 """A trial as Ray Tune sees it: it joins the engine, waits for evaluations, and leaves."""
 
 import json
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from orchestrator.config import JobConfig, SweepConfig
 from orchestrator.errors import InterruptedRunError, OrchestratorError
 from orchestrator.places import write_whole
 from orchestrator.sweep.space import trial_job
-from orchestrator.tracking.observer import stop_path
+from orchestrator.tracking.observer import JournalObserver, stop_path
 from orchestrator.training.membership import Member
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class Context:
     """What every trial is told.
 
     desk: of the engine that all share; None where each starts one of its own. plan, here: what
-    such an engine gets.
+    such an engine gets. working_dir: where the command was given, which relative paths mean.
     """
 
     job: JobConfig
@@ -46,6 +47,7 @@ class Context:
     desk: Any
     plan: WorkerPlan
     here: Session
+    working_dir: str
 
     @property
     def sweep(self) -> SweepConfig:
@@ -102,6 +104,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]
                 return {**answer.report, self._metric: self._value(answer.report)}
             if answer.gone:
                 if failure := self._ended():
+                    self._tell(failure)
                     return self._failed(failure)
                 # Whoever ended the engine ends the trials too.
                 time.sleep(_PAUSE_SECONDS)
@@ -143,12 +146,16 @@ class Trial(tune.Trainable):  # type: ignore[misc]
         if self._engine is None:
             from orchestrator.sweep.launch import RunningEngine
 
+            if os.path.isdir(self._context.working_dir):
+                # Tune has put this process into the trial's own folder.
+                os.chdir(self._context.working_dir)
             folder = engine_folder(self._folder)
             folder.mkdir(parents=True, exist_ok=True)
             stop_path(folder).unlink(missing_ok=True)
             (folder / "running").touch()
             plan, here = self._context.plan, self._context.here
-            self._engine = RunningEngine(self._job, folder, plan, here, print, 1)
+            output_dir = self._context.trials_dir.parent.parent
+            self._engine = RunningEngine(self._job, folder, plan, here, print, 1, output_dir)
         return self._engine.desk
 
     def _ended(self) -> str | None:
@@ -178,6 +185,11 @@ class Trial(tune.Trainable):  # type: ignore[misc]
 
     def _failed(self, error: str) -> dict[str, Any]:
         return {"step": self._after, self._metric: self._worst, "error": error, "done": True}
+
+    def _tell(self, failure: str) -> None:
+        """The trial's last word, where its own engine ended before it could say it."""
+        with JournalObserver(self._folder) as observer:
+            observer.emit("finish", status="failed", error=failure)
 
     def _leave(self) -> None:
         desk = self._context.desk if self._engine is None else self._engine.desk

@@ -36,11 +36,12 @@ def make_tuner(job: JobConfig, run_dir: Path, context: Context, places: int) -> 
         os.environ.setdefault(name, value)
     folder = run_dir / _FOLDER
     trainable = tune.with_resources(tune.with_parameters(Trial, context=context), _TRIAL_RESOURCES)
+    space = search.param_space(context.sweep)
     if tune.Tuner.can_restore(str(folder)):
-        return tune.Tuner.restore(str(folder), trainable, resume_unfinished=True)
+        return tune.Tuner.restore(str(folder), trainable, resume_unfinished=True, param_space=space)
     return tune.Tuner(
         trainable,
-        param_space=search.param_space(context.sweep),
+        param_space=space,
         tune_config=_tune_config(job, context.sweep, places),
         run_config=tune.RunConfig(
             name=_FOLDER,

@@ -7,6 +7,7 @@ and steps, runs are found again by a key of ours, uploads overwrite themselves.
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -250,20 +251,24 @@ def deliver_pending(job: JobConfig, run_dir: Path, say: Say, timeout: float) -> 
     from orchestrator.tracking.earlier import earlier_job, is_finished
 
     end = time.monotonic() + timeout
-    answers = True
+    silent: set[str] = set()
     for path in sorted(run_dir.parent.glob("*/journal.jsonl")):
         folder = path.parent
-        if time.monotonic() > end or not answers:
+        if time.monotonic() > end:
             return
         try:
             if not any(map(_waits, (folder, *_trials(folder)))):
                 continue
-            if folder != run_dir:
-                with FileLock(folder / ".lock", blocking=False):
-                    answers = _deliver_now(earlier_job(folder, job), folder, say, end)
-            elif is_finished(path):
+            own = folder == run_dir
+            if own and not is_finished(path):
                 # A run that goes on delivers its own journal.
-                answers = _deliver_now(job, folder, say, end)
+                continue
+            with nullcontext() if own else FileLock(folder / ".lock", blocking=False):
+                earlier = job if own else earlier_job(folder, job)
+                store = tracking_uri(earlier)
+                # Who waited once for a store that is away does not wait again for each run.
+                if store not in silent and not _deliver_now(earlier, folder, say, end):
+                    silent.add(store)
         except (Timeout, OSError):
             # Another command is at work on it, or it is another user's.
             continue

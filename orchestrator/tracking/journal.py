@@ -67,6 +67,10 @@ class Journal:
             self._remember(record)
         return True
 
+    def sync(self) -> None:
+        """Return when the storage has all lines; those that follow may wait in memory."""
+        os.fsync(self._descriptor)
+
     def close(self) -> None:
         """Close the file."""
         os.close(self._descriptor)

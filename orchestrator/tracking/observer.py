@@ -41,6 +41,11 @@ class JournalObserver:
             self._kept.append((event, {"time": time.time(), **fields}))
             self._write()
 
+    def sync(self) -> None:
+        """Bring all events to the disk itself, where a checkpoint of them will lie."""
+        with self._lock, suppress(OSError):
+            self._journal.sync()
+
     @property
     def starts(self) -> int:
         """How often the run was started so far."""
@@ -91,6 +96,9 @@ class StopOnly:
 
     def emit(self, event: str, **fields: Any) -> None:
         """Nothing: the leading worker tells."""
+
+    def sync(self) -> None:
+        """Nothing."""
 
     def stop_requested(self) -> bool:
         """Whether someone asked the run to end."""

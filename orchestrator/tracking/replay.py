@@ -41,6 +41,7 @@ class Replay:
         self._described = False
         self._handlers = {
             "start": self._start,
+            "places": self._go_on,
             "best": self._best,
             "plan": self._plan,
             "budget": self._budget,
@@ -71,6 +72,10 @@ class Replay:
         self._set_tags(
             {name: tag for event in events for name, tag in values.broken(event).items()}
         )
+
+    def _go_on(self, event: Event) -> None:
+        """A sweep's engines and trials are about to begin, or to begin again."""
+        self._client.update_run(self._run_id, status="RUNNING")
 
     def _start(self, event: Event) -> None:
         self._client.update_run(self._run_id, status="RUNNING")
@@ -176,6 +181,9 @@ class Replay:
             self._client.log_figure(self._run_id, figure, "plots/loss.png")
         if event.get("error"):
             self._set_tags({"error": event["error"]})
+        elif "error" in self._client.get_run(self._run_id).data.tags:
+            # Of an attempt before this one.
+            self._client.delete_tag(self._run_id, "error")
         self._log_plan()
         runs.remove_doubles(self._client, self._run_id, self.cursor.run_key)
         status = _STATUSES.get(event.get("status", ""), "FAILED")

@@ -52,10 +52,14 @@ def write(folder: Path, checkpoint: Checkpoint) -> Path:
         content = {"step": checkpoint.step, "files": digests, "state": checkpoint.state}
         (beside / _STATE).write_text(json.dumps(content, indent=1))
         _sync(beside / _STATE)
-        # A damaged checkpoint of the same step makes room.
-        shutil.rmtree(target, ignore_errors=True)
+        # One of the same step, whole or damaged, makes room at the last moment.
+        aside = folder / f".{target.name}.old"
+        shutil.rmtree(aside, ignore_errors=True)
+        if target.exists():
+            target.replace(aside)
         beside.replace(target)
         _sync(folder)
+        shutil.rmtree(aside, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(beside, ignore_errors=True)
         raise CheckpointError(

@@ -170,16 +170,22 @@ def join(rank: int, size: int, device: torch.device, node: str, timeout: float) 
     found: list[Any] = [None] * size
     tensors = None
     with _others_may_be_lost():
-        dist.all_gather_object(found, (device.type, node))
-        kinds = {kind for kind, _ in found}
-        if kinds == {"cuda"}:
+        dist.all_gather_object(found, (device.type, node, _gpu(device)))
+        kinds = {kind for kind, *_ in found}
+        # NCCL takes no GPU twice; workers that share one sum through gloo.
+        if kinds == {"cuda"} and len(set(found)) == size:
             tensors = dist.new_group(backend="nccl", timeout=timedelta(seconds=timeout))
     if len(kinds) > 1:
         raise RefusedError(
             "cluster.gpus_per_worker: some workers see a GPU and some do not; Ray's GPUs must be "
             "real on all nodes or on none"
         )
-    return World(rank, size, len({name for _, name in found}), tensors)
+    return World(rank, size, len({name for _, name, _ in found}), tensors)
+
+
+def _gpu(device: torch.device) -> str:
+    """What tells this GPU from others; empty for a CPU."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
 
 
 @contextmanager

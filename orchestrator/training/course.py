@@ -246,6 +246,8 @@ def save(course: Course) -> None:
     if not course.ground.world.leads:
         return
     began = time.perf_counter()
+    # A machine that loses power keeps the checkpoint, so it must keep the steps before it.
+    course.observer.sync()
     folder, tenant, step = course.folder / "checkpoints", course.tenant, course.progress.step
     path = checkpoint.write(
         folder,

@@ -142,7 +142,7 @@ class Engine:
         lengths = [len(segment.example.ids) for segment in segments]
         hands = [[segments[n] for n in hand] for hand in deal(lengths, self.world.size)]
         while True:
-            rows = arrange(hands[self.world.rank], self.tokens_per_pass)
+            rows = self._rows(hands[self.world.rank])
             ran_out = self._runs_out(rows, work)
             if ran_out:
                 # The sum needs room too.
@@ -154,13 +154,16 @@ class Engine:
             forget()
             self._shorten(hands)
 
+    def _rows(self, hand: Sequence[Segment]) -> list[list[Segment]]:
+        return arrange(hand, self.tokens_per_pass, self.base.short)
+
     def _shorten(self, hands: Sequence[Sequence[Segment]]) -> None:
         """Take a smaller budget; every worker knows what all have, and comes to the same.
 
         Raises:
             TrainingError: no row is longer than the longest example.
         """
-        rows = [row for hand in hands for row in arrange(hand, self.tokens_per_pass)]
+        rows = [row for hand in hands for row in self._rows(hand)]
         sizes = [[len(segment.example.ids) for segment in row] for row in rows]
         row, example = max(map(sum, sizes)), max(map(max, sizes))
         if row == example:

@@ -9,6 +9,9 @@ class Observer(Protocol):
     def emit(self, event: str, **fields: Any) -> None:
         """Something happened; see the README for the events and their fields."""
 
+    def sync(self) -> None:
+        """What was told until now must not be lost, for a checkpoint of it follows."""
+
     def stop_requested(self) -> bool:
         """Whether the loop shall save a checkpoint and end after the present step."""
 

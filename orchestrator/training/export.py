@@ -1,5 +1,6 @@
 """The adapter as a plain PEFT folder, and the proof that it is what was trained."""
 
+import gc
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from orchestrator.data import Example
 from orchestrator.errors import ProofError
 from orchestrator.model.adapters import Adapter, AdapterSet, linear_layers
 from orchestrator.model.base import Base, from_pretrained
+from orchestrator.training import memory
 
 _WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -83,9 +85,17 @@ def _claim_path(folder: Path) -> Path:
 
 @torch.no_grad()
 def prove_adapter(
-    folder: Path, entry: Path, device: torch.device, dtype: torch.dtype, ids: Tensor, logits: Tensor
+    folder: Path,
+    entry: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    ids: Tensor,
+    logits: Tensor,
+    trust_remote_code: bool = False,
 ) -> dict[str, float]:
     """Reload the saved adapter through PEFT over a fresh base and compare logits.
+
+    The trained base must be dropped before: a GPU may hold one only.
 
     Returns:
         The relative error and the share of tokens for which both rank the same token first.
@@ -97,7 +107,10 @@ def prove_adapter(
     from peft import PeftModel
 
     _check_weights(folder)
-    model = from_pretrained(entry, device, dtype)
+    # Quantized weights and their modules know each other, so they go with the next collection.
+    gc.collect()
+    memory.release_cached(device)
+    model = from_pretrained(entry, device, dtype, trust_remote_code=trust_remote_code)
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from orchestrator.config import JobConfig
 from orchestrator.errors import (
     InterruptedRunError,
     OrchestratorError,
@@ -111,7 +112,7 @@ class Host:
     def _join(self, name: str, member: Member) -> None:
         observer = self._observer_of(member.folder)
         try:
-            state = course.enter(self._ground, member.job, member.folder, observer)
+            state = course.enter(self._ground, _unpaged(member.job), member.folder, observer)
         except BaseException as error:
             observer.emit("finish", status="failed", error=str(error))
             _close_observer(observer)
@@ -276,6 +277,14 @@ class Host:
         return self._membership.observe(folder) if self._world.leads else _Silent()
 
 
+def _unpaged(job: JobConfig) -> JobConfig:
+    """Adapters come and go, and bitsandbytes never frees what it has paged."""
+    if job.training.optimizer != "auto":
+        return job
+    training = job.training.model_copy(update={"optimizer": "adamw"})
+    return job.model_copy(update={"training": training})
+
+
 @dataclass(frozen=True)
 class _Passed:
     """Steps of adapters that shared their passes; waited: seconds of it in the collective."""
@@ -329,6 +338,9 @@ class _Silent:
 
     def emit(self, event: str, **fields: Any) -> None:
         """Nothing: the leading worker tells."""
+
+    def sync(self) -> None:
+        """Nothing."""
 
     def stop_requested(self) -> bool:
         """Never: the host asks its own observer."""

@@ -47,8 +47,21 @@ class Row:
         return Row(tokens, self.lengths, positions, targets, owners, self.spans, self.dropout_keys)
 
 
-def arrange(segments: Sequence[Segment], budget: int) -> list[list[Segment]]:
-    """Pack segments into rows of at most `budget` tokens; a row's tenants lie one after another."""
+def arrange(
+    segments: Sequence[Segment], budget: int, short: int | None = None
+) -> list[list[Segment]]:
+    """Pack segments into rows of at most `budget` tokens; a row's tenants lie one after another.
+
+    Args:
+        segments: what is passed.
+        budget: tokens of a row.
+        short: where the base turns positions otherwise in longer rows, no segment of at most so
+            many tokens shares a row with a longer one.
+    """
+    if short is not None:
+        within = [s for s in segments if len(s.example.ids) <= short]
+        beyond = [s for s in segments if len(s.example.ids) > short]
+        return arrange(within, budget) + arrange(beyond, budget)
     packed = pack([len(segment.example.ids) for segment in segments], budget)
     rows = [[segments[index] for index in row] for row in packed]
     return [sorted(row, key=lambda s: (s.tenant, s.key)) for row in rows]

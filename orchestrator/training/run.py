@@ -1,6 +1,5 @@
 """One fine-tune from base to proven adapter: the same loop in one process and on every worker."""
 
-import gc
 import platform
 import time
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ class _Claim:
     dtype: torch.dtype
     ids: torch.Tensor
     logits: torch.Tensor
+    trust_remote_code: bool
 
 
 def run(
@@ -88,7 +88,15 @@ def run(
     claim = _claim(state)
     # On a GPU that holds one base, the trained one must go before a fresh one is loaded.
     del state, ground
-    proof = _prove(claim, device)
+    proof = export.prove_adapter(
+        claim.adapter,
+        claim.entry,
+        device,
+        claim.dtype,
+        claim.ids,
+        claim.logits,
+        claim.trust_remote_code,
+    )
     observer.emit(
         "adapter",
         step=step,
@@ -232,16 +240,8 @@ def _claim(state: Course) -> _Claim:
     base, data = ground.engine.base, ground.data
     example = course.shortest_example(data.validation or data.train)
     ids, logits = export.proof_logits(base, ground.engine.adapters, state.tenant.adapter, example)
-    return _Claim(path, ground.entry, base.dtype, ids, logits)
-
-
-def _prove(claim: _Claim, device: torch.device) -> dict[str, float]:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    return export.prove_adapter(
-        claim.adapter, claim.entry, device, claim.dtype, claim.ids, claim.logits
-    )
+    trust = state.job.model.trust_remote_code
+    return _Claim(path, ground.entry, base.dtype, ids, logits, trust)
 
 
 def _check_lengths(data: PreparedData, base: bases.Base) -> None:

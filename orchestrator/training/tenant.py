@@ -12,6 +12,8 @@ from orchestrator.model.adapters import Adapter
 from orchestrator.training import optimizers
 from orchestrator.training.schedule import learning_rate
 
+_WRAPPED = "__bnb_optimizer_quant_state__"
+
 
 @dataclass(frozen=True)
 class Update:
@@ -34,6 +36,9 @@ class Tenant:
         self.scaler = torch.amp.GradScaler(
             adapter.master.device.type, enabled=adapter.working.dtype == torch.float16
         )
+        if self.scaler.is_enabled():
+            # It has no scale of its own before it has scaled something; losses are scaled by ours.
+            self.scaler.scale(torch.ones((), device=adapter.master.device))
 
     def update(self, step: int) -> Update:
         """Take optimizer step `step` with the gradient summed so far, then clear the gradient."""
@@ -86,4 +91,6 @@ class Tenant:
             self.scaler.load_state_dict(numbers["scaler"])
 
     def _optimizer_state(self) -> dict[str, Any]:
-        return dict(self.optimizer.state_dict()["state"].get(0, {}))
+        state = dict(self.optimizer.state_dict()["state"].get(0, {}))
+        # bitsandbytes wraps what it keeps of a gradient's past, and takes it back unwrapped.
+        return {**state, **state.pop(_WRAPPED, {})}

@@ -12,10 +12,11 @@ from peft import PeftModel, get_peft_model
 
 from orchestrator.config import LoraConfig, TrainingConfig
 from orchestrator.errors import ModelError
-from orchestrator.model.adapters import AdapterSet
+from orchestrator.model.adapters import AdapterSet, linear_layers
 from orchestrator.model.base import from_pretrained
 from orchestrator.model.packed import hidden_states
 from orchestrator.model.support import check_architecture
+from orchestrator.plan.shapes import measure
 from orchestrator.training.export import prove_adapter, save_adapter
 from tests import tiny
 
@@ -31,6 +32,17 @@ CONFIGS: dict[str, Any] = {
     "Gemma3Text": {**tiny.COMMON, **SMALL, **NARROW},
     "Phi": tiny.COMMON,
     "Phi3": tiny.COMMON,
+    # Examples of up to 16 tokens turn positions by other factors than longer ones.
+    "Phi3-longrope": {
+        **tiny.COMMON, "original_max_position_embeddings": 16,
+        "rope_parameters": {
+            "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16,
+            "short_factor": [1.0 + n / 8 for n in range(8)],
+            "long_factor": [4.0 + n for n in range(8)],
+        },
+    },
+    # Its norms have no weight.
+    "NanoChat": tiny.COMMON,
     "Granite": {**tiny.COMMON, "logits_scaling": 4.0},
     "Cohere": tiny.COMMON,
     "GPTNeoX": {k: v for k, v in tiny.COMMON.items() if k != "num_key_value_heads"},
@@ -40,7 +52,7 @@ CONFIGS: dict[str, Any] = {
 
 
 def _config(name: str) -> Any:
-    return getattr(transformers, f"{name}Config")(**CONFIGS[name])
+    return getattr(transformers, f"{name.partition('-')[0]}Config")(**CONFIGS[name])
 
 
 def _reference(folder: Path, adapter: Path, batches: list[list[Any]]) -> list[float]:
@@ -105,6 +117,17 @@ def test_unknown_target_modules_are_refused_by_name(tmp_path: Path) -> None:
     base = tiny.load_base(tiny.save_model(tmp_path / "model"))
     with pytest.raises(ModelError, match=r"'qproj'.*q_proj"):
         AdapterSet(base.model).add(LoraConfig(target_modules=("qproj",)), 0)
+
+
+def test_a_router_of_experts_is_no_layer_to_adapt() -> None:
+    """It is a linear layer by class, but returns more than a product."""
+    config = transformers.PhimoeConfig(**tiny.COMMON, num_local_experts=4)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    routers = {n for n, m in model.named_modules() if type(m).__name__ == "PhimoeTopKRouter"}
+    assert routers and not routers & linear_layers(model).keys()
+    assert "model.layers.0.self_attn.q_proj" in linear_layers(model)
+    planned = {layer.name for layer in measure(model.to("meta")).linears}
+    assert planned == linear_layers(model).keys()
 
 
 def test_all_linear_means_the_same_as_in_peft(tmp_path: Path) -> None:

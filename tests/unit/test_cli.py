@@ -10,6 +10,7 @@ from click.testing import CliRunner
 
 from orchestrator import api
 from orchestrator.cli import main
+from orchestrator.jobfile import dump_job, load_job
 
 
 def _job(folder: Path, sections: str = "") -> str:
@@ -64,3 +65,25 @@ def test_a_loss_that_is_no_number_is_null(tmp_path: Path, monkeypatch: pytest.Mo
     ended = CliRunner().invoke(main, ["finetune", _job(tmp_path), "--json"])
     assert ended.exit_code == 0
     assert json.loads(ended.stdout) == {**results, "eval_loss": None}
+
+
+def test_results_of_a_shorter_run_are_not_those_of_a_longer_one_that_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, run_dir, begun = _job(tmp_path), tmp_path / "runs" / "a", []
+
+    def killed(*_: Any) -> None:
+        begun.append("run")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(api, "_run", killed)
+    (run_dir / "adapter").mkdir(parents=True)
+    shorter = load_job(job, ["training.max_steps=40"])
+    (run_dir / "job.yaml").write_text(dump_job(shorter))
+    (run_dir / "result.json").write_text('{"status": "finished", "steps": 40}')
+    same = api.finetune(shorter)
+    assert same["steps"] == 40 and not begun
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            api.finetune(job, ["training.max_steps=80"])
+    assert len(begun) == 2

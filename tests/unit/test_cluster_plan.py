@@ -2,7 +2,7 @@
 
 import pytest
 
-from orchestrator.cluster.plan import Resources, places, plan_workers
+from orchestrator.cluster.plan import Resources, places, plan_workers, told_resources
 from orchestrator.config import ClusterConfig
 from orchestrator.errors import RefusedError
 
@@ -24,6 +24,14 @@ def test_auto_takes_one_cpu_worker_with_all_cores_where_there_is_no_gpu() -> Non
 def test_auto_begins_with_the_first_gpu_that_an_autoscaler_adds() -> None:
     plan = plan_workers(ClusterConfig(), [HEAD], Resources(100, 16), own=False)
     assert plan.workers == (1, 16) and plan.elastic and plan.least == 1 and plan.waits
+
+
+def test_what_a_cluster_may_grow_to_is_told_in_a_few_words() -> None:
+    assert told_resources("CPU=64, GPU=8") == Resources(64, 8)
+    assert told_resources("GPU=8") == Resources(0, 8)
+    for wrong in ("64", "CPU=much", "TPU=4", "CPU=-1", ""):
+        with pytest.raises(RefusedError, match="CPU=64,GPU=8"):
+            told_resources(wrong)
 
 
 def test_an_elastic_job_may_ask_for_more_than_there_is_but_not_as_its_least() -> None:

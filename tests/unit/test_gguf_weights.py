@@ -1,5 +1,6 @@
 """A .gguf file read tensor by tensor gives what transformers reads as a whole."""
 
+import math
 from pathlib import Path
 
 import gguf
@@ -26,7 +27,9 @@ SHAPES = {
 }
 
 
-def write(path: Path, architecture: str, without: str = "") -> ModelSource:
+def write(
+    path: Path, architecture: str, without: str = "", divisors: torch.Tensor | None = None
+) -> ModelSource:
     """A random model: matrices in Q8_0, norms and the embedding in float32."""
     random = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, architecture)
@@ -50,6 +53,9 @@ def write(path: Path, architecture: str, without: str = "") -> ModelSource:
         writer.add_tensor(f"{name}.weight", random.random(HIDDEN, dtype=np.float32))
     embedding = random.standard_normal((VOCABULARY, HIDDEN), dtype=np.float32)
     writer.add_tensor("token_embd.weight", embedding)
+    if divisors is not None:
+        writer.add_rope_freq_base(5e5)
+        writer.add_tensor("rope_freqs.weight", divisors.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -96,3 +102,33 @@ def test_architectures_whose_tensors_are_merged_are_read_whole(tmp_path: Path) -
     for name, alone in (("llama", True), ("qwen2moe", False), ("gpt2", False)):
         write(tmp_path / f"{name}.gguf", name)
         assert read_one_by_one(tmp_path / f"{name}.gguf") is alone
+
+
+def _divisors(factor: float) -> torch.Tensor:
+    """Of each frequency, as llama.cpp's converter has them for Llama 3 (rope theta 500,000)."""
+    found = []
+    for place in range(HIDDEN // 4 // 2):
+        wavelength = 2 * math.pi * 5e5 ** (place / (HIDDEN // 4 // 2))
+        smooth = (8192 / wavelength - 1) / (4 - 1)
+        between = 1 / ((1 - smooth) / factor + smooth)
+        short, long = wavelength < 8192 / 4, wavelength > 8192
+        found.append(1.0 if short else factor if long else between)
+    return torch.tensor(found)
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_llama_3s_scaling_of_positions_is_read_from_its_divisors(
+    tmp_path: Path, factor: float
+) -> None:
+    source = write(tmp_path / "model.gguf", "llama", divisors=_divisors(factor))
+    model = load_dense(source, torch.device("cpu"), torch.bfloat16)
+    assert model.config.rope_parameters["rope_type"] == "llama3"
+    assert model.config.rope_parameters["factor"] == factor
+    plain = 5e5 ** -(torch.arange(HIDDEN // 8) / (HIDDEN // 8))
+    torch.testing.assert_close(model.model.rotary_emb.inv_freq, plain / _divisors(factor))
+
+
+def test_another_scaling_of_positions_is_refused(tmp_path: Path) -> None:
+    source = write(tmp_path / "model.gguf", "llama", divisors=torch.linspace(1, 3, HIDDEN // 8))
+    with pytest.raises(ModelError, match=r"rope_freqs\.weight.*not read from GGUF"):
+        load_dense(source, torch.device("cpu"), torch.bfloat16)

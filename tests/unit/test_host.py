@@ -32,6 +32,9 @@ class Recorder:
     def emit(self, event: str, **fields: Any) -> None:
         self.events.append({"event": event, **fields})
 
+    def sync(self) -> None:
+        return
+
     def stop_requested(self) -> bool:
         return False
 

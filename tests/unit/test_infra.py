@@ -23,6 +23,8 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.runtime_env import RuntimeEnv
 from ruamel.yaml import YAML
 
+from orchestrator.cluster.plan import MOST_VARIABLE, Resources, told_resources
+
 ROOT = Path(__file__).resolve().parents[2]
 INFRA = ROOT / "infra"
 KUBERNETES = "1.34"
@@ -113,9 +115,23 @@ def test_the_launcher_takes_cluster_yaml() -> None:
         assert node["node_config"]["ImageId"].startswith("resolve:ssm:")
     assert config["idle_timeout_minutes"] > 0
     options = " ".join(config["docker"]["run_options"])
+    most = {name: config["max_workers"] * amount for name, amount in spot["resources"].items()}
+    assert f"{MOST_VARIABLE}=CPU={most['CPU']},GPU={most['GPU']}" in options
+    assert spot["max_workers"] + fallback["max_workers"] == config["max_workers"]
     assert "RAY_AUTH_MODE=token" in options and "-v /mnt/shared:/mnt/shared" in options
     assert "/home/ray/.ray/auth_token" in config["file_mounts"]
     assert any("nfs4" in line for line in config["initialization_commands"])
+
+
+def test_the_cluster_on_kubernetes_says_what_it_grows_to() -> None:
+    (cluster,) = [found for _, found in OBJECTS if found["kind"] == "RayCluster"]
+    (group,) = cluster["spec"]["workerGroupSpecs"]
+    (worker,) = group["template"]["spec"]["containers"]
+    (head,) = cluster["spec"]["headGroupSpec"]["template"]["spec"]["containers"]
+    (told,) = [entry["value"] for entry in head["env"] if entry["name"] == MOST_VARIABLE]
+    requests, count = worker["resources"]["requests"], group["maxReplicas"]
+    cpus, gpus = (count * int(requests[name]) for name in ("cpu", "nvidia.com/gpu"))
+    assert told_resources(told) == Resources(cpus, gpus)
 
 
 def test_the_launcher_refuses_a_key_it_does_not_know() -> None:

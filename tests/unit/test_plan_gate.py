@@ -32,6 +32,9 @@ class Events(list[tuple[str, dict[str, Any]]]):
     def emit(self, event: str, **fields: Any) -> None:
         self.append((event, fields))
 
+    def sync(self) -> None:
+        return
+
     def stop_requested(self) -> bool:
         return False
 
