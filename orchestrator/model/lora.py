@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from orchestrator.errors import ModelError
 from orchestrator.model.products import dense_weight, product_dtype
 
 
@@ -154,6 +155,11 @@ class LoraLinear(nn.Module):
 def parts(layers: Sequence[LoraLinear], tokens: int) -> list[Part]:
     """The adapters' parts in layers that share an input of `tokens` tokens."""
     placement = layers[0].placement
+    if max((end for _, _, end in placement.spans), default=-1) not in (-1, tokens):
+        raise ModelError(
+            "The model passes other rows than its tokens through a layer with an adapter, as some "
+            "mixtures of experts do; name the layers around them in lora.target_modules"
+        )
     found = []
     for owner, start, end in placement.spans:
         stop = tokens if end < 0 else end

@@ -167,13 +167,21 @@ def _build(
 
 @contextmanager
 def _beside(entry: Path) -> Iterator[Path]:
-    """A folder that takes the entry's place once it is whole; a damaged entry makes room."""
-    shutil.rmtree(entry, ignore_errors=True)
+    """A folder that takes the entry's place once it is whole; a damaged entry makes room.
+
+    One that another machine has made meanwhile stays: it is the same.
+    """
+    if not _complete(entry):
+        shutil.rmtree(entry, ignore_errors=True)
     entry.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(mkdtemp(prefix=f".{entry.name}-", dir=entry.parent))
     try:
         yield folder
-        folder.replace(entry)
+        try:
+            folder.replace(entry)
+        except OSError:
+            if not _complete(entry):
+                raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

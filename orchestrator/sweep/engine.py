@@ -30,7 +30,7 @@ def _serve(config: dict[str, Any], device: Any, world: Any, observer: Any) -> di
         config["job"], cache_dir(), device, world, observer, shared=shared, trials=trials
     )
     entry, dtype = ground.entry, ground.engine.base.dtype
-    best = Host(ground, DeskMembership(config["desk"]), observer).run()
+    best = Host(ground, DeskMembership(config["desk"]), observer, trials).run()
     results = {"workers": world.size, "peak_memory_bytes": memory.peak_bytes(device)}
     if best is None or not world.leads:
         return results

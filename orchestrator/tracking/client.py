@@ -23,6 +23,11 @@ _SETTINGS = {
 }
 # Its migrations take some ten seconds on a slow disk.
 _MAKING_SECONDS = 120
+_STORE_ERRORS = (
+    ("botocore.exceptions", "BotoCoreError"),
+    ("botocore.exceptions", "ClientError"),
+    ("boto3.exceptions", "Boto3Error"),
+)
 _TALKATIVE = ("mlflow", "alembic")
 
 
@@ -70,4 +75,9 @@ def complaint(error: Exception) -> str | None:
         return "does not answer" if status >= 500 or status == 429 else "refuses what it is sent"
     if database is not None and isinstance(error, database.OperationalError):
         return "does not answer"
+    # The client itself takes artifacts to S3 where the server says so.
+    for module, name in _STORE_ERRORS:
+        library = sys.modules.get(module)
+        if library is not None and isinstance(error, getattr(library, name)):
+            return "does not take artifacts"
     return "cannot be reached" if isinstance(error, OSError) else None

@@ -19,6 +19,7 @@ class TrialDeliveries:
     def __init__(self, job: JobConfig, run_dir: Path, say: Say) -> None:
         self._job, self._run_dir, self._say = job, run_dir, say
         self._deliveries: dict[Path, Delivery] = {}
+        self._unreadable: set[Path] = set()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True, name="trial-deliveries")
 
@@ -47,11 +48,13 @@ class TrialDeliveries:
             return
         for path in sorted(self._run_dir.glob("trials/*/journal.jsonl")):
             folder = path.parent
-            if folder in self._deliveries or not count_pending(folder, Cursor.peek(folder)):
+            known = folder in self._deliveries or folder in self._unreadable
+            if known or not count_pending(folder, Cursor.peek(folder)):
                 continue
             try:
                 job = earlier_job(folder, self._job)
             except OrchestratorError as error:
+                self._unreadable.add(folder)
                 self._say(str(error))
                 continue
             delivery = Delivery(job, folder, self._say, parent=parent.run_id)

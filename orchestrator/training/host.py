@@ -39,8 +39,16 @@ _TRIED_ROUNDS = 3
 class Host:
     """Trains whoever is a member, on every worker alike."""
 
-    def __init__(self, ground: Ground, membership: Membership, observer: Observer) -> None:
+    def __init__(
+        self,
+        ground: Ground,
+        membership: Membership,
+        observer: Observer,
+        places: int | None = None,
+    ) -> None:
+        """Over a base that was planned for `places` adapters at once, None for any number."""
         self._ground, self._membership, self._observer = ground, membership, observer
+        self._places = places
         self._world = ground.world
         self._courses: dict[str, Course] = {}
         self._members: dict[str, Member] = {}
@@ -105,7 +113,8 @@ class Host:
     def _let_in(self, wishes: Wishes) -> None:
         for name, member in wishes.members.items():
             if name not in self._courses:
-                self._alone(name, partial(self._join, name, member))
+                if self._places is None or len(self._courses) < self._places:
+                    self._alone(name, partial(self._join, name, member))
             elif name in wishes.unheard:
                 self._tell(name)
 

@@ -112,9 +112,9 @@ def club(tmp_path: Path) -> Club:
     return Club(tmp_path / "trials")
 
 
-def _host(job: JobConfig, club: Club, cache: Path) -> Host:
+def _host(job: JobConfig, club: Club, cache: Path, places: int | None = None) -> Host:
     ground = open_ground(job, cache, CPU, World(), Recorder())
-    return Host(ground, club, Recorder())
+    return Host(ground, club, Recorder(), places)
 
 
 def _solo(member: Member, folder: Path, cache: Path) -> list[float]:
@@ -151,6 +151,24 @@ def test_curves_are_those_of_solo_runs_whoever_joins_and_leaves(
         (end,) = club.observers[name].of("finish")
         assert end["status"] == ("stopped" if name == "b" else "finished")
         assert (member.folder / "adapter").is_dir() == (name != "b")
+
+
+def test_more_than_there_are_places_for_wait(job: JobConfig, club: Club, tmp_path: Path) -> None:
+    """A sweep that goes on where there is less memory has more trials at a time than places."""
+    for name in ("a", "b", "c"):
+        club.join(name, job, **{"lora.rank": 4})
+    host, at_once = _host(job, club, tmp_path / "cache", places=2), []
+
+    def closed(club: Club) -> bool:
+        at_once.append(len(host._courses))
+        return not club.members
+
+    club.rule = closed
+    host.run()
+    assert max(at_once) == 2
+    assert {name: len(club.observers[name].losses()) for name in ("a", "b", "c")} == {
+        name: 8 for name in ("a", "b", "c")
+    }
 
 
 def test_one_that_fails_ends_alone(job: JobConfig, club: Club, tmp_path: Path) -> None:
