@@ -93,7 +93,9 @@ def commands(cache: Path) -> Iterator[Commands]:
 
 
 def journal(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "journal.jsonl").read_text().splitlines()]
+    lines = (run_dir / "journal.jsonl").read_text().splitlines(keepends=True)
+    # The last line may be in writing.
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def curve(run_dir: Path) -> list[tuple[int, float, float]]:

@@ -51,7 +51,7 @@ CONFIGS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def _config(name: str) -> Any:
+def make_config(name: str) -> Any:
     return getattr(transformers, f"{name.partition('-')[0]}Config")(**CONFIGS[name])
 
 
@@ -85,7 +85,7 @@ def _reference(folder: Path, adapter: Path, batches: list[list[Any]]) -> list[fl
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_trains_like_a_plain_loop(tmp_path: Path, name: str) -> None:
-    folder = tiny.save_model(tmp_path / "model", _config(name))
+    folder = tiny.save_model(tmp_path / "model", make_config(name))
     base = tiny.load_base(folder)
     batches = [tiny.examples(lengths, seed) for seed, lengths in enumerate([[20, 9, 33], [14, 40]])]
     batches = batches * 2
@@ -131,7 +131,7 @@ def test_a_router_of_experts_is_no_layer_to_adapt() -> None:
 
 
 def test_all_linear_means_the_same_as_in_peft(tmp_path: Path) -> None:
-    folder = tiny.save_model(tmp_path / "model", _config("GPTNeoX"))
+    folder = tiny.save_model(tmp_path / "model", make_config("GPTNeoX"))
     base = tiny.load_base(folder)
     own = AdapterSet(base.model).add(LoraConfig(rank=2), 0).layer_names
     model = from_pretrained(folder, torch.device("cpu"), torch.float32, tiny.SETTINGS)

@@ -26,7 +26,7 @@ from orchestrator.plan.parts import adapter_parameters, base_bytes
 from orchestrator.plan.passes import Pass, pass_bytes
 from orchestrator.plan.shapes import Shape, build, measure, read_shape
 from tests import tiny
-from tests.unit.test_architectures import CONFIGS
+from tests.unit.test_architectures import CONFIGS, make_config
 
 GIB = 2**30
 
@@ -37,7 +37,7 @@ def make_job(base: str, **sections: Any) -> JobConfig:
 
 
 def tiny_shape(name: str) -> Shape:
-    return measure(build(getattr(transformers, f"{name}Config")(**CONFIGS[name]), "float32"))
+    return measure(build(make_config(name), "float32"))
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -104,7 +104,7 @@ def test_a_bfloat16_engine_keeps_what_is_planned(
 
 def check_kept(name: str, lengths: tuple[int, ...], dtype: str, products: str) -> None:
     """Storages that autograd holds after a real forward pass, against the stand-ins' ledger."""
-    config = getattr(transformers, f"{name}Config")(**CONFIGS[name])
+    config = make_config(name)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     base = wrap(model.train(), "test")
     adapters = AdapterSet(base.model)
