@@ -12,8 +12,9 @@ from contextlib import suppress
 import psutil
 
 _LOWEST = 19
-# Workers compute, and trials import while others compute. Who has no name yet may become either.
-_BUSY = ("ray::RayTrainWorker", "ray::Trial", "ray::IDLE")
+# Workers compute, and trials, by Tune's name for them, import while others compute. Who has no name
+# yet may become either.
+_BUSY = ("ray::RayTrainWorker", "ray::ResourceTrainable", "ray::IDLE")
 # What Ray's processes are started from or called; the command may have other children.
 _OF_RAY = ("ray::", "/ray/", "gcs_server")
 

@@ -161,10 +161,10 @@ def _matmul_rate(dtype: str) -> float:
     """The machine's matrix-product rate in a dtype, in floating-point operations per second."""
     import torch
 
-    size = 2048
+    size = 1024
     a, b = (torch.randn(size, size, dtype=getattr(torch, dtype)) for _ in range(2))
     times = []
-    for _ in range(12):
+    for _ in range(7):
         began = time.perf_counter()
         a @ b
         times.append(time.perf_counter() - began)
