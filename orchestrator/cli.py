@@ -1,7 +1,6 @@
 """The commands: parse, call, print. Nothing heavy is imported before a command runs."""
 
 import json
-import math
 import sys
 import traceback
 from collections.abc import Iterator
@@ -56,7 +55,11 @@ def finetune(job: str, overrides: tuple[str, ...], local: bool, as_json: bool) -
                 watch=lambda run_dir: watching(run_dir, console),
             )
     if as_json:
-        click.echo(json.dumps(_finite(results)))
+        from orchestrator.sweep.report.table import finite
+
+        # JSON has no word for a loss that is no number.
+        written = {n: finite(v) if isinstance(v, float) else v for n, v in results.items()}
+        click.echo(json.dumps(written))
     from orchestrator.summary import show
 
     show(resolved, job, results, console)
@@ -168,12 +171,6 @@ def _ending(job: str, as_json: bool) -> Iterator[None]:
         # Not foreseen: where it happened is for whoever mends it.
         click.echo(redact(traceback.format_exc()), err=True)
         _end(1, redact(f"{type(error).__name__}: {error}"), as_json, job)
-
-
-def _finite(results: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no word for a loss that is not a number."""
-    odd = [n for n, v in results.items() if isinstance(v, float) and not math.isfinite(v)]
-    return {**results, **dict.fromkeys(odd)}
 
 
 def _end(status: int, message: str, as_json: bool, job: str) -> NoReturn:

@@ -39,7 +39,7 @@ def finished_sweep(run_dir: Path) -> dict[str, Any] | None:
         found: dict[str, Any] = json.loads((run_dir / "result.json").read_text())
     except (OSError, ValueError):
         return None
-    if found.get("status") != "finished":
+    if found.get("status") != "finished" or "trials" not in found:
         return None
     # MLflow may have taken the runs only after their command had ended.
     for trial in (*found["trials"], found["best"]):

@@ -16,7 +16,7 @@ _LOWEST = 19
 # yet may become either.
 _BUSY = ("ray::RayTrainWorker", "ray::ResourceTrainable", "ray::IDLE")
 # What Ray's processes are started from or called; the command may have other children.
-_OF_RAY = ("ray::", "/ray/", "gcs_server")
+_OF_RAY = ("ray::", "/ray/")
 
 
 def let_ray_wait() -> None:

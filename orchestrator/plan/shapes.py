@@ -114,10 +114,9 @@ def measure(model: Any) -> Shape:
     skipped = list(get_keys_to_not_convert(model))
     linears = []
     for name, module in model.named_modules():
-        own = type(module).forward is not nn.Linear.forward
-        if module is head or not isinstance(module, (nn.Linear, Conv1D)):
-            continue
-        if own and type(module).__name__ not in _PRODUCTS:
+        kind = type(module)
+        plain = kind.forward is nn.Linear.forward or kind.__name__ in _PRODUCTS
+        if module is head or not (plain and isinstance(module, (nn.Linear, Conv1D))):
             continue
         outputs, inputs = module.weight.shape
         if isinstance(module, Conv1D):

@@ -9,7 +9,7 @@ from typing import Any
 from filelock import FileLock
 
 from orchestrator.config import JobConfig
-from orchestrator.tracking.store import tracking_uri
+from orchestrator.tracking.store import FOLDERS_ALLOWED, tracking_uri
 
 # What is set where the user has no word of her own.
 # MLflow repeats a failed request seven times over four minutes, and a repeated "create run" whose
@@ -18,8 +18,7 @@ _SETTINGS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    # Whoever names a folder as the store means it.
-    "MLFLOW_ALLOW_FILE_STORE": "true",
+    **FOLDERS_ALLOWED,
 }
 # Its migrations take some ten seconds on a slow disk.
 _MAKING_SECONDS = 120

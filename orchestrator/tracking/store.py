@@ -2,6 +2,9 @@
 
 from orchestrator.config import JobConfig
 
+# MLflow takes a folder as its store only from who says so; who names one as the store does.
+FOLDERS_ALLOWED = {"MLFLOW_ALLOW_FILE_STORE": "true"}
+
 
 def tracking_uri(job: JobConfig) -> str:
     """The job's MLflow tracking URI: its own, or SQLite under output_dir."""

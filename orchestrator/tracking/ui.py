@@ -3,7 +3,7 @@
 import sys
 
 from orchestrator.config import JobConfig
-from orchestrator.tracking.store import artifact_location, tracking_uri
+from orchestrator.tracking.store import FOLDERS_ALLOWED, artifact_location, tracking_uri
 
 _STORE_VARIABLE = "MLFLOW_BACKEND_STORE_URI"
 _SERVERS = ("http://", "https://", "databricks")
@@ -26,4 +26,4 @@ def ui_command(job: JobConfig, port: int = 5000) -> list[str] | None:
 
 def ui_environment(job: JobConfig) -> dict[str, str]:
     """Where the UI finds the store. Others see arguments, and a URI may hold a password."""
-    return {_STORE_VARIABLE: tracking_uri(job), "MLFLOW_ALLOW_FILE_STORE": "true"}
+    return {_STORE_VARIABLE: tracking_uri(job), **FOLDERS_ALLOWED}

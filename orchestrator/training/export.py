@@ -1,6 +1,5 @@
 """The adapter as a plain PEFT folder, and the proof that it is what was trained."""
 
-import gc
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -107,8 +106,7 @@ def prove_adapter(
     from peft import PeftModel
 
     _check_weights(folder)
-    # Quantized weights and their modules know each other, so they go with the next collection.
-    gc.collect()
+    # Quantized weights and their modules know each other, so they go with a collection only.
     memory.release_cached(device)
     model = from_pretrained(entry, device, dtype, trust_remote_code=trust_remote_code)
     for module in model.modules():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from ray._private.services import find_bootstrap_address
 
 from tests.integration.conftest import Commands, curve, journal, reached, wait_for
 
@@ -26,8 +27,11 @@ def test_a_killed_worker_comes_back_and_the_curve_is_the_same(
 ) -> None:
     job = job_file("ray", training={"max_steps": 40}, cluster=OWN)
     run_dir = tmp_path / "runs" / "ray"
+    announced = find_bootstrap_address(None)
     process = commands.start("finetune", job, "--json")
     wait_for(run_dir, reached(5), process)
+    # Another command's `auto` finds no cluster in this one's Ray.
+    assert find_bootstrap_address(None) == announced
     worker = _worker(process.pid)
     assert "glibc.malloc.tcache_count=0" in worker.environ()["GLIBC_TUNABLES"]
     assert _interrupting(process.pid) == {worker.pid, worker.ppid()}

@@ -172,18 +172,30 @@ def test_trials_that_cannot_train_end_alone(
 def test_what_belongs_to_the_data_is_searched_in_runs_of_their_own(
     commands: Commands, job_file: JobFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The data's path is relative to where the command is given; one trial's data is refused."""
+    """The data's path is relative to where the command is given."""
     monkeypatch.chdir(tmp_path)
-    space = {"data.format": {"choice": ["question_answer", "alpaca"]}}
+    space = {"data.train_on": {"choice": ["completion", "all"]}}
     job = _job(job_file, "apart", search_space=space, searcher="grid", trials=2)
     ended = commands.run("sweep", job, "--json", "--set=data.train=chats.jsonl")
     assert ended.status == 0, ended.err
     assert "a base of its own" in ended.err
-    finished, failed = sorted(ended.result["trials"], key=lambda trial: trial["status"] == "failed")
-    assert (finished["status"], failed["status"]) == ("finished", "failed")
-    assert failed["params"] == {"data.format": "alpaca"} and "alpaca" in failed["error"]
-    _assert_equals_solo(commands, job, finished, tmp_path / "runs" / "apart")
+    trials = ended.result["trials"]
+    assert [trial["status"] for trial in trials] == ["finished"] * 2
+    for trial in trials:
+        _assert_equals_solo(commands, job, trial, tmp_path / "runs" / "apart")
     assert (tmp_path / "runs" / "apart" / "adapter" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.cluster
+def test_an_engine_that_is_refused_its_data_is_its_trials_failure(
+    commands: Commands, job_file: JobFile, tmp_path: Path
+) -> None:
+    space = {"data.format": {"choice": ["alpaca"]}}
+    ended = commands.run("sweep", _job(job_file, "odd", search_space=space, trials=1), "--json")
+    assert ended.status == 1 and "alpaca" in ended.result["error"]
+    (trial,) = _trials(tmp_path / "runs" / "odd")
+    (finish,) = [event for event in journal(trial) if event["event"] == "finish"]
+    assert finish["status"] == "failed" and "alpaca" in finish["error"]
 
 
 @pytest.mark.cluster
