@@ -31,12 +31,12 @@ def mirror_dir(uri: str) -> Path:
     return cache_dir() / "runs" / hashlib.sha256(place.encode()).hexdigest()[:16]
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file beside its place and rename it: who reads there finds all of it or the old one.
 
     Raises:
         OSError: the disk does not take it.
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text)
+    beside.write_bytes(content.encode() if isinstance(content, str) else content)
     beside.replace(path)

@@ -7,6 +7,7 @@ from ray import tune
 
 from orchestrator.config import JobConfig, SweepConfig
 from orchestrator.sweep import search
+from orchestrator.sweep.state_files import check_readable, whole_files
 from orchestrator.sweep.trial import Context, Trial
 
 _FOLDER = ".tune"
@@ -31,14 +32,25 @@ def make_tuner(job: JobConfig, run_dir: Path, context: Context, places: int) -> 
         run_dir: the sweep's folder.
         context: what every trial is told.
         places: trials at a time.
+
+    Raises:
+        OrchestratorError: what a killed sweep left is damaged.
     """
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     folder = run_dir / _FOLDER
     trainable = tune.with_resources(tune.with_parameters(Trial, context=context), _TRIAL_RESOURCES)
     space = search.param_space(context.sweep)
-    if tune.Tuner.can_restore(str(folder)):
-        return tune.Tuner.restore(str(folder), trainable, resume_unfinished=True, param_space=space)
+    files = whole_files()
+    if tune.Tuner.can_restore(str(folder), files):
+        check_readable(folder)
+        return tune.Tuner.restore(
+            str(folder),
+            trainable,
+            resume_unfinished=True,
+            param_space=space,
+            storage_filesystem=files,
+        )
     return tune.Tuner(
         trainable,
         param_space=space,
@@ -46,6 +58,7 @@ def make_tuner(job: JobConfig, run_dir: Path, context: Context, places: int) -> 
         run_config=tune.RunConfig(
             name=_FOLDER,
             storage_path=str(run_dir),
+            storage_filesystem=files,
             failure_config=tune.FailureConfig(max_failures=job.cluster.max_failures),
             verbose=0,
         ),

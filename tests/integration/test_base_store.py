@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,27 @@ def test_many_processes_quantize_once(chat_model: Path, tmp_path: Path) -> None:
     answers = [json.loads(process.communicate(timeout=200)[0]) for process in started]
     assert len({entry for entry, _ in answers}) == 1
     assert sum(said for _, said in answers) == 1
+
+
+def test_machines_that_share_one_base_at_once_share_a_whole_one(
+    chat_model: Path, tmp_path: Path
+) -> None:
+    entry = _ensure(chat_model, tmp_path)
+    together, shared = threading.Barrier(8), store.SharedFolder(tmp_path / "shared")
+
+    def put(_: int) -> None:
+        together.wait(timeout=60)
+        shared.put(entry)
+
+    with ThreadPoolExecutor(8) as machines:
+        list(machines.map(put, range(8)))
+    assert [path.name for path in (tmp_path / "shared").iterdir()] == [entry.name]
+    another = tmp_path / "another" / entry.name
+    another.parent.mkdir()
+    shared.fetch(another)
+    assert {p.name: p.read_bytes() for p in another.iterdir()} == {
+        p.name: p.read_bytes() for p in entry.iterdir()
+    }
 
 
 def test_entries_differ_by_what_they_hold(chat_model: Path, tmp_path: Path) -> None:

@@ -64,3 +64,12 @@ def test_unwritable_storage_is_a_clear_error(tmp_path: Path) -> None:
     blocked.write_text("")
     with pytest.raises(CheckpointError, match="step 3 cannot be written"):
         checkpoint.write(blocked, _checkpoint(3))
+
+
+def test_a_step_that_is_trained_again_takes_the_place_of_the_one_before(tmp_path: Path) -> None:
+    checkpoint.write(tmp_path, _checkpoint(4))
+    again = Checkpoint(4, _checkpoint(9).tensors, {"progress": {"step": 4}})
+    checkpoint.write(tmp_path, again)
+    found = checkpoint.newest(tmp_path, pytest.fail)
+    assert found is not None and torch.equal(found.tensors["adapter"]["a"], torch.full((3,), 9.0))
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]

@@ -1,0 +1,62 @@
+"""Where Ray Tune keeps its state: a local filesystem that shows no file before it is whole.
+
+Tune copies its state over the old one every second. Whoever kills it in between would leave half a
+file, and the sweep could not go on.
+"""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from fsspec.implementations.local import LocalFileSystem
+from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
+
+from orchestrator.errors import OrchestratorError
+from orchestrator.places import write_whole
+
+
+class _WholeFile(io.BytesIO):
+    """Written beside its place and renamed when it is closed; Tune's files are small."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+
+    def close(self) -> None:
+        if not self.closed:
+            try:
+                write_whole(self._path, self.getvalue())
+            finally:
+                super().close()
+
+
+class _WholeFiles(LocalFileSystem):  # type: ignore[misc]
+    def _open(self, path: str, mode: str = "rb", *args: Any, **settings: Any) -> Any:
+        if mode == "wb":
+            return _WholeFile(Path(path))
+        return super()._open(path, mode, *args, **settings)
+
+
+def whole_files() -> FileSystem:
+    """The filesystem, as Tune takes it."""
+    return PyFileSystem(FSSpecHandler(_WholeFiles()))
+
+
+def check_readable(folder: Path) -> None:
+    """The state that a killed sweep would go on from is whole.
+
+    Raises:
+        OrchestratorError: a disk has lost some of it.
+    """
+    # Named by the time of the command that wrote it; Tune takes the newest.
+    newest = max(folder.glob("experiment_state-*.json"), default=None)
+    if newest is None:
+        return
+    try:
+        json.loads(newest.read_text())
+    except ValueError as error:
+        raise OrchestratorError(
+            f"{newest} is damaged ({error}), so the search cannot go on. Delete {folder} and run "
+            "the same command again: it searches anew, and trials that have finished still count"
+        ) from error
