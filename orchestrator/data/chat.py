@@ -20,6 +20,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 from typing import Any
 
 from orchestrator.data.formats import BadRowError, Chat, Text, Turn
@@ -68,6 +69,8 @@ class Renderer:
         self._end: str = tokenizer.eos_token or ""
         self._bos: str = tokenizer.bos_token or ""
         self._ends_of_turn: dict[str | None, str] = {}
+        # Whether the template writes a turn of this role behind one of that role.
+        self._written: dict[tuple[str, str | None], bool] = {}
         try:
             self._template = tokenizer.get_chat_template() if tokenizer.chat_template else None
         except ValueError as error:
@@ -99,7 +102,7 @@ class Renderer:
             text += self._harmless(turn.content)
             if turn.role == "assistant":
                 text += self._end
-                if index >= chat.trained_from:
+                if turn.trained and index >= chat.trained_from:
                     spans.append((start, len(text)))
         return Rendered(text, tuple(spans), False)
 
@@ -125,12 +128,14 @@ class Renderer:
         turns = chat.turns if self._takes_system else _fold_system(chat.turns)
         trained_from = chat.trained_from - (len(chat.turns) - len(turns))
         full = self._apply(turns)
+        self._refuse_left_out(turns, len(chat.turns) - len(turns))
         own = self._own_stops(turns, full)
         spans: list[tuple[int, int]] = []
         for index, turn in enumerate(turns):
-            if turn.role == "assistant" and index >= trained_from:
+            if turn.role == "assistant" and turn.trained and index >= trained_from:
                 spans.append(self._span(full, turns, index, own.get(index)))
-        if turns[-1].role == "assistant" and not self._end_of_turn(turns[:-1]):
+        last = turns[-1]
+        if last.role == "assistant" and last.trained and not self._end_of_turn(turns[:-1]):
             # A model that never sees an end never stops.
             start, stop = spans[-1]
             full = full[:stop] + self._end
@@ -162,7 +167,20 @@ class Renderer:
             own = len(full) - len(after)
         if start is None or not full[start:own].strip():
             raise BadRowError(f"the chat template leaves assistant turn {index + 1} out")
-        return start, own + (len(end) if full.startswith(end, own) else 0)
+        return start, own + len(self._shared_end(end, full[own:]))
+
+    def _shared_end(self, end: str, behind: str) -> str:
+        """What of an end of turn stands behind an answer that others follow.
+
+        Some templates write more behind the last answer than behind the others. What both share may
+        stop within a special token, which begins as another does: whole ones and lines count.
+        """
+        pairs = takewhile(lambda pair: pair[0] == pair[1], zip(end, behind, strict=False))
+        shared = "".join(a for a, _ in pairs)
+        if shared == end:
+            return end
+        stops = [shared.rfind(text) + len(text) for text in self._special_texts if text in shared]
+        return shared[: max([0, shared.rfind("\n"), *stops])].rstrip()
 
     def _prompt_length(self, full: str, turns: Sequence[Turn]) -> int | None:
         """Length of the prompt that the next turn answers, where the whole text begins with it."""
@@ -231,6 +249,20 @@ class Renderer:
             return _MARK in self._apply(probe)
         except BadRowError:
             return False
+
+    def _refuse_left_out(self, turns: Sequence[Turn], folded: int) -> None:
+        """Templates know no tools, or system turns at the beginning only, and drop the others."""
+        for index, turn in enumerate(turns):
+            if turn.role not in ("system", "tool"):
+                continue
+            place = (turn.role, turns[index - 1].role if index else None)
+            if place not in self._written:
+                marked = [*turns[:index], Turn(turn.role, _MARK), *turns[index + 1 :]]
+                self._written[place] = _MARK in self._apply(marked)
+            if not self._written[place]:
+                raise BadRowError(
+                    f"the model's chat template leaves {turn.role} turn {index + 1 + folded} out"
+                )
 
     def _apply(self, turns: Sequence[Turn], generation: bool = False) -> str:
         from jinja2 import TemplateError

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from orchestrator.data.chat import Rendered
 
 # Changes whenever the same rows and settings would be encoded in another way.
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,9 @@ def encode(rows: Sequence[Rendered], tokenizer: Any, train_all: bool) -> list[Ex
         starts, stops = bounds[:, 0], bounds[:, 1]
         trained = np.zeros(len(ids), dtype=bool)
         for first, last in row.spans:
-            trained |= (stops > first) & (stops <= last) & (stops > starts)
+            # Some tokenizers give blank space no width; on the border it is the template's.
+            wide = (stops > starts) | (stops < last)
+            trained |= (stops > first) & (stops <= last) & wide
         begin = row.spans[-1][0]
         answer = int(np.searchsorted(stops, begin, side="right"))
         made.append(_finish(ids, trained, answer, prefix, train_all))

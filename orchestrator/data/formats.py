@@ -13,10 +13,14 @@ class BadRowError(ValueError):
 
 @dataclass(frozen=True)
 class Turn:
-    """One message of a conversation; `role` is system, user, assistant or tool."""
+    """One message of a conversation; `role` is system, user, assistant or tool.
+
+    trained: False where the data gives an answer the weight 0.
+    """
 
     role: str
     content: str
+    trained: bool = True
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,9 @@ _ROLES = {
     "model": "assistant",
     "tool": "tool",
 }
+# An answer without the call that followed it would teach the model to stop there.
+_CALLS = ("tool_calls", "function_call")
+_UNTRAINED = "this version does not train; leave such rows out with data.on_bad_row: skip"
 
 
 @dataclass(frozen=True)
@@ -95,13 +102,31 @@ def _turns(messages: Any, column: str, role_key: str, content_key: str) -> list[
             raise BadRowError(f"message {number} has {role_key} {role!r}; known are {known}")
         if not isinstance(content, str):
             raise BadRowError(f"message {number} has no text in {content_key!r}")
-        turns.append(Turn(_ROLES[role], _unicode(content, f"message {number} of {column}")))
+        for key in _CALLS:
+            if message.get(key):
+                raise BadRowError(f"message {number} has {key}, which {_UNTRAINED}")
+        weight = message.get("weight")
+        if weight not in (None, 0, 1):
+            raise BadRowError(f"message {number} has the weight {weight!r}; it is 0 or 1")
+        text = _unicode(content, f"message {number} of {column}")
+        turns.append(Turn(_ROLES[role], text, weight != 0))
     return turns
+
+
+def _without_tools(row: Mapping[str, Any]) -> None:
+    if row.get("tools"):
+        raise BadRowError(f"column tools describes tools, which {_UNTRAINED}")
+
+
+def _system(row: Mapping[str, Any]) -> list[Turn]:
+    """The system turn that a column of its own holds, if one does."""
+    there = row.get("system") is not None and row["system"] != ""
+    return [Turn("system", _text(row, "system"))] if there else []
 
 
 def _chat(turns: Iterable[Turn], trained_from: int = 0, joined: bool = False) -> Chat:
     kept = tuple(turns)
-    answers = [turn for turn in kept[trained_from:] if turn.role == "assistant"]
+    answers = [turn for turn in kept[trained_from:] if turn.role == "assistant" and turn.trained]
     if not answers:
         raise BadRowError("it has no assistant turn to train on")
     if any(not turn.content.strip() for turn in answers):
@@ -110,14 +135,18 @@ def _chat(turns: Iterable[Turn], trained_from: int = 0, joined: bool = False) ->
 
 
 def _messages(row: Mapping[str, Any]) -> Chat:
+    _without_tools(row)
     return _chat(_turns(row.get("messages"), "messages", "role", "content"))
 
 
 def _sharegpt(row: Mapping[str, Any]) -> Chat:
-    return _chat(_turns(row.get("conversations"), "conversations", "from", "value"))
+    _without_tools(row)
+    turns = _turns(row.get("conversations"), "conversations", "from", "value")
+    return _chat([*_system(row), *turns])
 
 
 def _prompt_completion(row: Mapping[str, Any]) -> Chat:
+    _without_tools(row)
     prompt, completion = row.get("prompt"), row.get("completion")
     if isinstance(prompt, str) and isinstance(completion, str):
         question, answer = _text(row, "prompt"), _text(row, "completion")
@@ -136,7 +165,19 @@ def _alpaca(row: Mapping[str, Any]) -> Chat:
         raise BadRowError(f"column input holds {type(extra).__name__}, not text")
     if extra and extra.strip():
         question = f"{question}\n\n{_unicode(extra, 'column input')}"
-    return _chat([Turn("user", question), Turn("assistant", _text(row, "output"))])
+    asked = [Turn("user", question), Turn("assistant", _text(row, "output"))]
+    return _chat([*_system(row), *_history(row), *asked])
+
+
+def _history(row: Mapping[str, Any]) -> list[Turn]:
+    """Earlier questions and answers, as a list of pairs."""
+    turns = []
+    for pair in row.get("history") or ():
+        if not isinstance(pair, (list, tuple)) or [type(text) for text in pair] != [str, str]:
+            raise BadRowError("column history is no list of pairs of question and answer")
+        question, answer = (_unicode(text, "column history") for text in pair)
+        turns += [Turn("user", question), Turn("assistant", answer)]
+    return turns
 
 
 def _question_answer(row: Mapping[str, Any]) -> Chat:
@@ -150,10 +191,10 @@ def _plain(row: Mapping[str, Any]) -> Text:
 FORMATS = {
     format.name: format
     for format in (
-        Format("messages", ("messages",), _messages),
-        Format("sharegpt", ("conversations",), _sharegpt),
-        Format("prompt_completion", ("prompt", "completion"), _prompt_completion),
-        Format("alpaca", ("instruction", "output"), _alpaca, ("input",)),
+        Format("messages", ("messages",), _messages, ("tools",)),
+        Format("sharegpt", ("conversations",), _sharegpt, ("system", "tools")),
+        Format("prompt_completion", ("prompt", "completion"), _prompt_completion, ("tools",)),
+        Format("alpaca", ("instruction", "output"), _alpaca, ("input", "system", "history")),
         Format("question_answer", ("question", "answer"), _question_answer),
         Format("text", ("text",), _plain),
     )

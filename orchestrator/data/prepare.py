@@ -181,6 +181,7 @@ def _encoded(
     source: Source, key: str, config: DataConfig, tokenizer: Any, identity: str, cache_dir: Path
 ) -> Encoded:
     origin = locate(source, key)
+    before = origin.stamp()
     digest = _digest(
         {
             "rows": origin.digest(),
@@ -196,7 +197,9 @@ def _encoded(
         try:
             cache_dir.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{folder}.lock", timeout=_LOCK_SECONDS):
-                record = read_record(folder) or _build(origin, key, config, tokenizer, folder)
+                record = read_record(folder) or _build(
+                    origin, before, key, config, tokenizer, folder
+                )
         except OSError as error:
             raise DataError(f"The cache folder {cache_dir} cannot be used: {error}") from error
     dataset = EncodedDataset(folder, digest)
@@ -214,15 +217,20 @@ def _encoded(
 
 
 def _build(
-    origin: Origin, key: str, config: DataConfig, tokenizer: Any, folder: Path
+    origin: Origin,
+    before: list[tuple[int, int]],
+    key: str,
+    config: DataConfig,
+    tokenizer: Any,
+    folder: Path,
 ) -> dict[str, Any]:
+    """Encode an origin whose files had the stamp `before` when their digest was taken."""
     prefix = f".{folder.name}-"
     for left in folder.parent.glob(f"{prefix}*"):
         # A builder that was killed left it: we hold the lock.
         shutil.rmtree(left, ignore_errors=True)
     beside = Path(mkdtemp(prefix=prefix, dir=folder.parent))
     try:
-        before = origin.stamp()
         rows = origin.rows()
         head = list(islice(rows, _LOOKED_AT))
         name = _format(head, config, f"{key}: {origin.name}")
@@ -358,10 +366,22 @@ def _tokenizer_digest(tokenizer: Any) -> str:
         {
             "kind": type(tokenizer).__name__,
             "rules": rules,
-            "template": tokenizer.chat_template,
+            "template": _template(tokenizer),
             "special": special,
         }
     )
+
+
+def _template(tokenizer: Any) -> str | None:
+    """The chat template, alike for a tokenizer and for one that was saved and loaded again."""
+    if not tokenizer.chat_template:
+        return None
+    try:
+        chosen: str = tokenizer.get_chat_template()
+    except ValueError:
+        # None of several is the default, which whoever renders with it refuses.
+        return json.dumps(tokenizer.chat_template, sort_keys=True)
+    return chosen.replace("\r\n", "\n")
 
 
 def _digest(content: dict[str, Any]) -> str:

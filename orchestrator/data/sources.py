@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.config import Source
+from orchestrator.data.formats import FORMATS
 from orchestrator.errors import DataError, first_line
 
 _SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
-# Columns that hold lists: an object with one of these is a row, not a wrapper around rows.
-_LISTS_OF_ONE_ROW = ("messages", "conversations", "prompt", "completion")
+# What `datasets` writes beside rows.
+_ABOUT_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,15 @@ class Origin:
         return total.hexdigest()
 
     def stamp(self) -> list[tuple[int, int]]:
-        """Sizes and times of the files, which tell that one was changed while it was read."""
-        stats = [file.stat() for file in self.files]
+        """Sizes and times of the files, which tell that one was changed while it was read.
+
+        Raises:
+            DataError: a file cannot be read.
+        """
+        try:
+            stats = [file.stat() for file in self.files]
+        except OSError as error:
+            raise DataError(f"{error.filename} cannot be read: {error}") from error
         return [(stat.st_size, stat.st_mtime_ns) for stat in stats]
 
     def rows(self) -> Iterator[Row]:
@@ -96,6 +104,7 @@ def _files(path: Path, key: str) -> list[Path]:
             file
             for file in path.rglob("*")
             if file.suffix.lower() in _SUFFIXES
+            and file.name not in _ABOUT_ROWS
             and file.is_file()
             and not any(part.startswith(".") for part in file.relative_to(path).parts)
         )
@@ -156,16 +165,24 @@ def _read_json(file: Path) -> Iterator[Row]:
             f"{file} is not one JSON value ({error}). If it has one object a line, name it .jsonl"
         ) from error
     if isinstance(content, dict):
-        lists = [
-            value
-            for name, value in content.items()
-            if isinstance(value, list) and name not in _LISTS_OF_ONE_ROW
-        ]
-        content = lists[0] if len(lists) == 1 else [content]
+        content = _wrapped(content)
     if not isinstance(content, list):
         raise DataError(f"{file} holds no list of rows")
     for number, value in enumerate(content, 1):
         yield _checked(f"{file} row {number}", value)
+
+
+def _wrapped(content: dict[str, Any]) -> list[Any]:
+    """The rows of a file that holds one object: its only list of objects, or else the object.
+
+    An object with the columns of a format is a row, whatever lists are in it.
+    """
+    if any(set(format.required) <= content.keys() for format in FORMATS.values()):
+        return [content]
+    lists = [value for value in content.values() if isinstance(value, list)]
+    if len(lists) != 1 or not all(isinstance(value, dict) for value in lists[0]):
+        return [content]
+    return lists[0]
 
 
 def _read_csv(file: Path) -> Iterator[Row]:
@@ -236,7 +253,8 @@ def _load_hub(name: str, key: str) -> Any:
 
 def _is_saved(path: Path) -> bool:
     """Whether `datasets` saved this folder with save_to_disk."""
-    return any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
+    one = all((path / name).is_file() for name in ("dataset_info.json", "state.json"))
+    return one or (path / "dataset_dict.json").is_file()
 
 
 def _load_saved(path: Path, key: str) -> Any:

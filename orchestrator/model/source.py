@@ -43,7 +43,8 @@ def locate(config: ModelConfig, cache_dir: Path) -> ModelSource:
         digest = _content_digest([path], cache_dir)
         return ModelSource(config.base, path.parent, path.name, f"gguf:{digest}", False)
     if path.is_dir():
-        digest = _content_digest(_model_files(path, config.base), cache_dir)
+        code = sorted(path.glob("*.py")) if config.trust_remote_code else []
+        digest = _content_digest([*_model_files(path, config.base), *code], cache_dir)
         return ModelSource(config.base, path, None, f"folder:{digest}", config.trust_remote_code)
     if path.suffix == ".gguf" or config.base.startswith((".", "/", "~")) or path.exists():
         raise ModelError(f"model.base: {config.base} does not exist{_nearest(path)}")
@@ -52,6 +53,23 @@ def locate(config: ModelConfig, cache_dir: Path) -> ModelSource:
     return ModelSource(
         config.base, folder, None, f"hub:{config.base}@{folder.name}", config.trust_remote_code
     )
+
+
+def longest_row(path: Path, config: ModelConfig) -> int | None:
+    """Tokens that a model takes at most, by the config in a folder or .gguf file.
+
+    None where it names no such number, or cannot be read: whoever loads the model says why.
+    """
+    from transformers import AutoConfig
+
+    gguf = path.suffix == ".gguf" and path.is_file()
+    where = {"gguf_file": path.name} if gguf else {"trust_remote_code": config.trust_remote_code}
+    try:
+        found = AutoConfig.from_pretrained(path.parent if gguf else path, **where)
+    except (OSError, ValueError, KeyError):
+        return None
+    limit = getattr(found.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def _model_files(folder: Path, name: str) -> list[Path]:

@@ -142,10 +142,14 @@ def open_ground(
         origin = source.locate(job.model, cache_dir)
         bases_dir = cache_dir / "bases"
         tokenizer = store.tokenizer(origin, job.quantization, dtype, bases_dir)
-        data = prepare(job.data, tokenizer, cache_dir / "data")
+        # The 4-bit base has the model's config as well, and it is read faster.
+        entry = bases_dir / store.entry_key(origin, job.quantization, dtype)
+        limit = source.longest_row(entry if entry.exists() else origin.path, job.model)
+        data = prepare(job.data, tokenizer, cache_dir / "data", limit)
     observer.emit("data", summary=data.summary())
-    # Whether it fits is known in seconds too; the 4-bit base has the model's config as well.
-    entry = bases_dir / store.entry_key(origin, job.quantization, dtype)
+    if limit is not None and limit < job.data.max_length:
+        say(f"The model takes {limit} tokens, so that is the data's max_length")
+    # Whether it fits is known in seconds too.
     with world.together():
         model = _config_at(job.model, entry if entry.exists() else origin.path)
         lengths = data.train.lengths

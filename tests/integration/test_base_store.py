@@ -97,6 +97,14 @@ def test_damaged_entry_is_made_again(chat_model: Path, tmp_path: Path) -> None:
     assert weights.stat().st_size == size
 
 
+def test_a_model_says_how_long_a_row_may_be(chat_model: Path, tmp_path: Path) -> None:
+    config = ModelConfig(base=str(chat_model))
+    said = json.loads((chat_model / "config.json").read_text())["max_position_embeddings"]
+    entry = _ensure(chat_model, tmp_path)
+    assert source.longest_row(chat_model, config) == source.longest_row(entry, config) == said
+    assert source.longest_row(tmp_path, config) is None
+
+
 def test_pickles_are_refused(tmp_path: Path, chat_model: Path) -> None:
     folder = tmp_path / "pickled"
     folder.mkdir()

@@ -1,5 +1,6 @@
 """The cache: what is noticed, what is shared, how the validation share is drawn."""
 
+import copy
 import json
 import os
 import pickle
@@ -148,6 +149,28 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
         with pytest.raises(DataError, match="was changed while it was read"):
             load(tmp_path, tokenizer, questions(1))
     assert len(load(tmp_path, tokenizer, questions(1)).train) == 1
+
+
+def test_a_tokenizer_that_was_saved_is_the_same(tmp_path: Path, tokenizer: Any) -> None:
+    """The first run has the model's own, later ones that of the base store."""
+    from transformers import AutoTokenizer
+
+    template = "{% for m in messages %}{{ m['content'] }}\r\n{% endfor %}"
+    for number, chosen in enumerate((template, {"default": template})):
+        own = copy.deepcopy(tokenizer)
+        own.chat_template = chosen
+        own.save_pretrained(tmp_path / f"saved{number}")
+        kept = AutoTokenizer.from_pretrained(tmp_path / f"saved{number}")
+        found = [load(tmp_path, each, questions(1, 2)).digest for each in (own, kept)]
+        assert found[0] == found[1]
+
+
+def test_a_model_of_short_rows_bounds_the_datas(tmp_path: Path, tokenizer: Any) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"question": "red " * 90, "answer": "cat"}) + "\n")
+    config = DataConfig(train=str(path), validation=None)
+    data = prepare(config, tokenizer, tmp_path / "cache", 32)
+    assert len(data.train[0].ids) == 32 and data.counts.cut == 1
 
 
 def test_a_cache_folder_that_is_none(tmp_path: Path, tokenizer: Any) -> None:

@@ -115,6 +115,64 @@ def test_json_may_be_one_row(tmp_path: Path, tokenizer: Any) -> None:
     assert (data.format, len(data.train)) == ("messages", 1)
 
 
+@pytest.mark.parametrize("lists", [{"tags": ["x", "y"]}, {"tags": [{"name": "x"}]}])
+def test_lists_in_a_row_are_not_its_rows(
+    tmp_path: Path, tokenizer: Any, lists: dict[str, Any]
+) -> None:
+    data = load(tmp_path, tokenizer, "rows.json", json.dumps({**GOOD, **lists}))
+    assert data.counts.rows == 1
+
+
+def test_what_describes_a_folder_is_no_row_of_it(tmp_path: Path, tokenizer: Any) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "rows.jsonl").write_text(json.dumps(GOOD) + "\n")
+    (folder / "dataset_info.json").write_text('{"alpaca": {"file_name": "rows.jsonl"}}')
+    config = DataConfig(train=str(folder), validation=None)
+    assert prepare(config, tokenizer, tmp_path / "cache").counts.rows == 1
+
+
+CALL = {"role": "assistant", "content": "red", "tool_calls": [{"function": {"name": "f"}}]}
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"messages": [{"role": "user", "content": "x"}, CALL]}, "message 2 has tool_calls"),
+        ({"messages": [{**CALL, "tool_calls": None}], "tools": [{"name": "f"}]}, "column tools"),
+        (
+            {"messages": [{**CALL, "tool_calls": None, "weight": 0.5}]},
+            "message 1 has the weight 0.5",
+        ),
+        ({"instruction": "a", "output": "b", "history": ["a"]}, "column history is no list"),
+        ({"instruction": "a", "output": "b", "system": 5}, "column system holds int"),
+    ],
+)
+def test_what_would_be_lost_makes_a_bad_row(
+    tmp_path: Path, tokenizer: Any, row: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(DataError, match=f"jsonl:1: {reason}"):
+        load(tmp_path, tokenizer, "rows.jsonl", [row])
+
+
+def test_system_and_history_have_columns_of_their_own(tmp_path: Path, tokenizer: Any) -> None:
+    turns = [("system", "one"), ("user", "red"), ("assistant", "cat"), ("user", "a\n\nb")]
+    turns += [("assistant", "dog")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    spoken = [{"from": role, "value": content} for role, content in turns[1:]]
+    same = [
+        {"messages": messages, "tools": None},
+        {"conversations": spoken, "system": "one"},
+        {"instruction": "a", "input": "b", "output": "dog", "system": "one"}
+        | {"history": [["red", "cat"]]},
+    ]
+    found = []
+    for number, row in enumerate(same):
+        example = load(tmp_path, tokenizer, f"{number}.jsonl", [row]).train[0]
+        found.append((example.ids.tolist(), example.trained.tolist()))
+    assert found[0] == found[1] == found[2]
+
+
 def test_folders_named_like_files_and_capital_suffixes(tmp_path: Path, tokenizer: Any) -> None:
     (tmp_path / "set" / "old.json").mkdir(parents=True)
     for place in ("a.JSONL", "old.json/b.jsonl"):

@@ -63,6 +63,16 @@ IGNORES_SYSTEM = (
     + ASK
 )
 NEVER_ASKS = "{% for m in messages %}" + HEAD + "{{ m['content'] }}<|im_end|>\n{% endfor %}"
+# As Phi-3's: it ends every turn, and the whole text once more.
+ENDS_TWICE = (
+    "{% for m in messages %}" + HEAD + "{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}{{ eos_token }}{% endif %}"
+)
+# As Zephyr's: it knows these roles alone, and passes over others.
+NO_TOOLS = (
+    "{% for m in messages %}{% if m['role'] in ('user', 'assistant') or loop.first %}" + HEAD + ""
+    "{{ m['content'] }}<|im_end|>\n{% endif %}{% endfor %}" + ASK
+)
 NO_END = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -164,6 +174,11 @@ def test_targets_are_those_of_the_templates_own_mask(
             [("user", "red"), ("assistant", "cat"), ("user", "x"), ("assistant", "dog")],
             [" cat", " dog<|endoftext|>"],
         ),
+        (
+            ENDS_TWICE,
+            [("user", "red"), ("assistant", "cat"), ("user", "x"), ("assistant", "dog.")],
+            ["cat<|im_end|>", "dog.<|im_end|>\n<|endoftext|>"],
+        ),
     ],
     ids=[
         "llama3",
@@ -174,6 +189,7 @@ def test_targets_are_those_of_the_templates_own_mask(
         "opens-thought",
         "default-system",
         "no-end",
+        "ends-twice",
     ],
 )
 def test_templates_as_models_bring_them(
@@ -209,6 +225,39 @@ def test_a_conversation_the_template_cannot_hold_is_a_bad_row(
     with pytest.raises(DataError, match=rf"rows\.jsonl:1: .*{reason}"):
         rows = [{"question": "red", "answer": "cat"}]
         load(tmp_path, with_template(tokenizer, template), rows)
+
+
+@pytest.mark.parametrize("role", ["tool", "system"])
+def test_a_turn_that_the_template_passes_over_is_a_bad_row(
+    tmp_path: Path, tokenizer: Any, role: str
+) -> None:
+    talk = [("system", "one"), ("user", "red"), ("assistant", "cat"), (role, "two")]
+    messages = [{"role": r, "content": c} for r, c in [*talk, ("assistant", "dog")]]
+    with pytest.raises(DataError, match=rf"rows\.jsonl:1: .*leaves {role} turn 4 out"):
+        load(tmp_path, with_template(tokenizer, NO_TOOLS), [{"messages": messages}])
+    data = load(tmp_path, tokenizer, [{"messages": messages}])
+    assert "two<|im_end|>" in prompt(tokenizer, data)
+
+
+def test_an_answer_of_weight_0_is_given_not_trained(tmp_path: Path, tokenizer: Any) -> None:
+    talk = [("user", "red", None), ("assistant", "cat", 0), ("user", "x", 1), ("assistant", "d", 1)]
+    rows = [{"messages": [{"role": r, "content": c, "weight": w} for r, c, w in talk]}]
+    for changed in (tokenizer, with_template(tokenizer, None)):
+        data = load(tmp_path, changed, rows)
+        assert changed.decode(data[0].ids[data[0].trained]).startswith("d")
+        assert "cat" in prompt(changed, data)
+
+
+def test_blank_space_without_width_is_trained(tokenizer: Any) -> None:
+    """Some tokenizers' offsets leave blank space out; a program's indentation is not nothing."""
+    from tokenizers.pre_tokenizers import ByteLevel as Split
+    from tokenizers.processors import ByteLevel
+
+    trimming = copy.deepcopy(tokenizer)
+    trimming.backend_tokenizer.pre_tokenizer = Split(add_prefix_space=False, use_regex=True)
+    trimming.backend_tokenizer.post_processor = ByteLevel(trim_offsets=True)
+    answer = "if a:\n    b = 1\n\treturn  b"
+    assert trained(trimming, [("user", "red"), ("assistant", answer)]) == [f"{answer}<|im_end|>"]
 
 
 def test_beginning_of_sequence_stands_once(tmp_path: Path, tokenizer: Any) -> None:
