@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +158,8 @@ def _sweep(
         report = delivery.close(left)
         # After the run that they are nested in.
         trials.close(max(1.0, end - time.monotonic()))
+        if error is not None:
+            _keep_failure(run_dir, job, status, report.run_id, error)
     complete = results(job, run_dir, status, seconds, report.run_id, report.model_version)
     write_whole(run_dir / "result.json", json.dumps(complete, indent=1))
     return complete
@@ -199,6 +201,8 @@ def _run(
         with JournalObserver(run_dir) as observer:
             observer.emit("finish", status=status, error=error, **results)
         report = delivery.close(_DELIVERY_SECONDS if status == "finished" else _PENDING_SECONDS)
+        if error is not None:
+            _keep_failure(run_dir, job, status, report.run_id, error)
     complete = {
         "status": status,
         "name": job.name,
@@ -208,6 +212,15 @@ def _run(
     }
     write_whole(run_dir / "result.json", json.dumps(complete, indent=1))
     return complete
+
+
+def _keep_failure(
+    run_dir: Path, job: JobConfig, status: str, run_id: str | None, error: str
+) -> None:
+    """Keep how the command ended. The error itself is what must reach the user."""
+    kept = {"status": status, "name": job.name, "run_id": run_id, "error": redact(error)}
+    with suppress(OSError):
+        write_whole(run_dir / "result.json", json.dumps(kept, indent=1))
 
 
 def _train_here(job: JobConfig, place: Place) -> dict[str, Any]:

@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import unquote, urlsplit
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from orchestrator.places import is_uri, mirror_dir
 
@@ -216,6 +225,14 @@ class TrainingConfig(_Section):
     )
     """Keep only each layer's input and compute the rest again in the backward pass."""
 
+    @field_validator("warmup_steps")
+    @classmethod
+    def _ends_in_time(cls, value: int, others: ValidationInfo) -> int:
+        steps = others.data.get("max_steps")
+        if steps is not None and value > steps:
+            raise ValueError(f"it is over training.max_steps ({steps})")
+        return value
+
 
 class EvaluationConfig(_Section):
     """What is measured on the validation set."""
@@ -342,19 +359,12 @@ class JobConfig(_Section):
     tracking: TrackingConfig = TrackingConfig()
     sweep: SweepConfig | None = None
 
-    @model_validator(mode="after")
-    def _example_fits_schedule(self) -> "JobConfig":
-        steps, warmup = self.training.max_steps, self.training.warmup_steps
-        if steps is not None and warmup > steps:
-            raise ValueError(
-                f"training.warmup_steps ({warmup}) is over training.max_steps ({steps})"
-            )
-        return self
-
     @property
     def local_dir(self) -> Path:
         """The folder output_dir; this machine's copy of it where that is a URI."""
-        return mirror_dir(self.output_dir) if is_uri(self.output_dir) else Path(self.output_dir)
+        if is_uri(self.output_dir):
+            return mirror_dir(self.output_dir)
+        return Path(self.output_dir).expanduser()
 
     @property
     def run_dir(self) -> Path:

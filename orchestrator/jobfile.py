@@ -63,7 +63,7 @@ class _Places:
             if part not in keys:
                 return line, False
             key = keys[str(part)]
-            line = node.lc.key(key)[0] + 1 if key in node.lc.data else line
+            line = node.lc.key(key)[0] + 1 if key in (node.lc.data or ()) else line
             node = node[key]
         return line, True
 

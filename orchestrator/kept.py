@@ -59,6 +59,7 @@ def check_run(job: JobConfig, place: Place) -> None:
         raise RefusedError(_of_another_kind(job, place.name, "sweep", "fine-tune"))
     if place.begun() or _holds_steps(place.folder):
         _check_same(job, place.folder, place.name, changed_keys)
+        _check_length(job, place)
 
 
 def check_sweep(job: JobConfig, run_dir: Path) -> None:
@@ -93,6 +94,16 @@ def _check_same(
         )
 
 
+def _check_length(job: JobConfig, place: Place) -> None:
+    """What was trained is not undone by asking for less."""
+    most, trained = job.training.max_steps, _last_step(place.folder)
+    if most is not None and trained > most:
+        raise RefusedError(
+            f"training.max_steps is {most}, but {place.name} has trained {trained} steps already. "
+            "Give as many, or another name"
+        )
+
+
 def _of_another_kind(job: JobConfig, where: str, held: str, wanted: str) -> str:
     return (
         f"{where} holds a {held} of this name. Give the {wanted} another, such as "
@@ -105,5 +116,10 @@ def _holds_sweep(run_dir: Path) -> bool:
 
 
 def _holds_steps(run_dir: Path) -> bool:
+    return _last_step(run_dir) > 0
+
+
+def _last_step(run_dir: Path) -> int:
     path = journal_path(run_dir)
-    return path.exists() and any(event["event"] == "step" for event, _ in read_events(path))
+    events = [event for event, _ in read_events(path)] if path.exists() else []
+    return max((event["step"] for event in events if event["event"] == "step"), default=0)

@@ -100,9 +100,13 @@ def read_path(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path} cannot be read: {error}. Is output_dir shared?") from error
 
 
-def prune(folder: Path, keep: int, best_step: int | None) -> None:
-    """Delete all but the `keep` newest checkpoints and the best one, and what kills left behind."""
-    paths = sorted(folder.glob("step-*"), reverse=True)
+def prune(folder: Path, step: int, keep: int, best_step: int | None) -> None:
+    """Delete all but the `keep` newest checkpoints and the best one, and what kills left behind.
+
+    Those of later steps than the present one are damaged and were passed over: they do not count.
+    """
+    present = f"step-{step:08d}"
+    paths = sorted((p for p in folder.glob("step-*") if p.name <= present), reverse=True)
     best = None if best_step is None else folder / f"step-{best_step:08d}"
     for path in paths[keep:]:
         if path != best:

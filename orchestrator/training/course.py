@@ -76,11 +76,17 @@ def enter(ground: Ground, job: JobConfig, folder: Path, observer: Observer) -> C
 
     Raises:
         ModelError: a target module does not exist in the base.
+        RefusedError: the job ends within its warm-up.
     """
     training = job.training
     total = total_steps(
         len(ground.data.train), training.batch_size, training.epochs, training.max_steps
     )
+    if training.warmup_steps > total:
+        raise RefusedError(
+            f"training.warmup_steps ({training.warmup_steps}) is over the {total} steps of the "
+            "whole job. Lower it, or raise training.epochs"
+        )
     adapter = ground.engine.adapters.add(job.lora, training.seed)
     return Course(ground, job, folder, Tenant(adapter, training, total), observer, total)
 
@@ -94,7 +100,7 @@ def resume(course: Course) -> None:
     """Take over the newest whole checkpoint; the leader decides which that is.
 
     Raises:
-        RefusedError: it is of another base or other data.
+        RefusedError: it is of another base or other data, or beyond the job's last step.
         CheckpointError: a worker cannot read what the leader can.
     """
     world, folder, found = course.ground.world, course.folder / "checkpoints", None
@@ -108,6 +114,11 @@ def resume(course: Course) -> None:
         raise RefusedError(
             f"{course.folder} holds a run of another base or other data (its content changed). "
             "Give the job another name, or delete that folder"
+        )
+    if found.step > course.total:
+        raise RefusedError(
+            f"{course.folder} has trained {found.step} steps already, the job has {course.total} "
+            "in all. Give it as many, or another name"
         )
     take_over(course, found)
     course.progress = Progress(**found.state["progress"])
@@ -262,7 +273,7 @@ def save(course: Course) -> None:
             },
         ),
     )
-    checkpoint.prune(folder, course.job.checkpoint.keep, course.progress.best_step)
+    checkpoint.prune(folder, step, course.job.checkpoint.keep, course.progress.best_step)
     seconds = time.perf_counter() - began
     course.observer.emit("checkpoint", step=step, path=str(path), seconds=seconds)
 

@@ -225,11 +225,15 @@ def test_a_secret_in_the_job_neither_bars_going_on_nor_is_printed(
     assert "swordfish" not in other.err + (tmp_path / "runs/tiny/job.yaml").read_text()
 
 
-def test_infinite_loss_fails_with_a_clear_word(commands: Commands, job_file: JobFile) -> None:
+def test_infinite_loss_fails_with_a_clear_word(
+    commands: Commands, job_file: JobFile, tmp_path: Path
+) -> None:
     job = job_file(training={"learning_rate": 1e30, "max_grad_norm": None})
     ended = commands.call("finetune", job, "--local", "--json")
     assert ended.status == 1 and ended.result["status"] == "failed"
     assert "learning_rate" in ended.err and "loss of step" in ended.err.lower()
+    kept = json.loads((tmp_path / "runs" / "tiny" / "result.json").read_text())
+    assert (kept["status"], kept["error"]) == ("failed", ended.result["error"])
 
 
 def test_python_api(job_file: JobFile, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,9 +54,23 @@ def test_best_and_last_are_kept(tmp_path: Path) -> None:
     for step in range(1, 7):
         checkpoint.write(tmp_path, _checkpoint(step))
     (tmp_path / ".step-00000009.77").mkdir()
-    checkpoint.prune(tmp_path, 2, 3)
+    checkpoint.prune(tmp_path, 6, 2, 3)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["step-00000003", "step-00000005", "step-00000006"]
+
+
+def test_damaged_ones_of_later_steps_cost_no_new_one_its_place(tmp_path: Path) -> None:
+    for step in (50, 100):
+        checkpoint.write(tmp_path, _checkpoint(step))
+    (tmp_path / "step-00000100" / "adapter.safetensors").write_bytes(b"")
+    for step in (60, 70):
+        checkpoint.write(tmp_path, _checkpoint(step))
+        checkpoint.prune(tmp_path, step, 1, None)
+    found = checkpoint.newest(tmp_path, lambda _: None)
+    assert found is not None and found.step == 70
+    checkpoint.write(tmp_path, _checkpoint(100))
+    checkpoint.prune(tmp_path, 100, 1, None)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000100"]
 
 
 def test_unwritable_storage_is_a_clear_error(tmp_path: Path) -> None:

@@ -48,6 +48,21 @@ def test_a_job_that_changed_before_its_first_checkpoint_is_refused(tmp_path: Pat
         check_run(_job(tmp_path, lora={"rank": 2}), Place(job.run_dir))
 
 
+def test_fewer_steps_than_were_trained_are_refused(tmp_path: Path) -> None:
+    job = _begun(_job(tmp_path), step=True)
+    with Journal(journal_path(job.run_dir)) as journal:
+        journal.append("step", step=9, loss=1.0)
+    check_run(_job(tmp_path, training={"max_steps": 9}), Place(job.run_dir))
+    with pytest.raises(RefusedError, match=r"max_steps is 8, but .* has trained 9 steps"):
+        check_run(_job(tmp_path, training={"max_steps": 8}), Place(job.run_dir))
+
+
+def test_the_home_folder_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    job = _job(tmp_path).model_copy(update={"output_dir": "~/runs"})
+    assert job.run_dir == tmp_path / "runs" / "a"
+
+
 def test_a_job_that_changed_before_its_first_step_goes_on(tmp_path: Path) -> None:
     job = _begun(_job(tmp_path))
     check_run(_job(tmp_path, lora={"rank": 2}), Place(job.run_dir))
