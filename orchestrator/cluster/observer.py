@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ _GAUGES = {
         "orchestrator_collective_seconds",
         "Seconds of the last step in the collective, on the leading worker",
     ),
+    # No counter: one of a new process begins at 0, where no increase is seen.
+    "restarts": ("orchestrator_restarts", "Starts of the run's workers after the first"),
 }
 _LOGGED = ("step", "loss", "learning_rate", "gradient_norm", "tokens_per_second", "seconds")
 
@@ -75,20 +78,37 @@ class Follower(StopOnly):
         return
 
 
-class Leader(JournalObserver):
-    """Writes the journal, one line of JSON per step to Ray's log, and Ray's metrics."""
+class Shown(JournalObserver):
+    """Writes a journal, one line of JSON per step to Ray's log, and Ray's metrics."""
 
     def __init__(self, run_dir: Path, name: str) -> None:
         super().__init__(run_dir)
-        tags = {"run": name}
-        self._drain = _Drain()
-        self._gauges = {field: _gauge(*about, tags) for field, about in _GAUGES.items()}
-        # No counter: one of a new process begins at 0, where no increase is seen.
-        about = ("orchestrator_restarts", "Starts of the run's workers after the first")
-        self._gauges["restarts"] = _gauge(*about, tags)
-        self._shown: dict[str, float] = {}
+        self._values: dict[str, float] = {}
         self._log = _logger()
         self._name = name
+
+    def emit(self, event: str, **fields: Any) -> None:
+        """Append one event, and show it to who watches Ray."""
+        super().emit(event, **fields)
+        if event == "step":
+            self._values |= {field: fields[field] for field in _GAUGES if field in fields}
+            shown = {field: fields[field] for field in _LOGGED}
+            self._log.info(json.dumps({"run": self._name, **shown}))
+        elif event == "warning":
+            self._log.warning(json.dumps({"run": self._name, "warning": fields["message"]}))
+        elif event == "start":
+            self._values["restarts"] = self.starts - 1
+        # With the sampler's events too: Ray forgets a gauge that was not set for 20 seconds.
+        for field, value in list(self._values.items()):
+            _gauge(field).set(value, {"run": self._name})
+
+
+class Leader(Shown):
+    """Of the worker that leads: samples the system too, and hears of nodes that are drained."""
+
+    def __init__(self, run_dir: Path, name: str) -> None:
+        super().__init__(run_dir, name)
+        self._drain = _Drain()
         self._sampler = SystemSampler(self.emit)
         if not self._drain.heard:
             self.emit(
@@ -96,21 +116,6 @@ class Leader(JournalObserver):
                 message="This release of Ray does not tell its workers that a node is drained: "
                 "what was done since the last checkpoint is done again when the node is gone",
             )
-
-    def emit(self, event: str, **fields: Any) -> None:
-        """Append one event, and show it to who watches Ray."""
-        super().emit(event, **fields)
-        if event == "step":
-            self._shown |= {field: fields[field] for field in _GAUGES}
-            shown = {field: fields[field] for field in _LOGGED}
-            self._log.info(json.dumps({"run": self._name, **shown}))
-        elif event == "warning":
-            self._log.warning(json.dumps({"run": self._name, "warning": fields["message"]}))
-        elif event == "start":
-            self._shown["restarts"] = self.starts - 1
-        # With the sampler's events too: Ray forgets a gauge that was not set for 20 seconds.
-        for field, value in list(self._shown.items()):
-            self._gauges[field].set(value)
 
     def save_requested(self) -> bool:
         """Whether this worker's run is about to lose a node."""
@@ -125,10 +130,10 @@ class Leader(JournalObserver):
         super().__exit__(*raised)
 
 
-def _gauge(name: str, description: str, tags: dict[str, str]) -> Gauge:
-    gauge = Gauge(name, description, tuple(tags))
-    gauge.set_default_tags(tags)
-    return gauge
+@cache
+def _gauge(field: str) -> Gauge:
+    """One for all runs of this process."""
+    return Gauge(*_GAUGES[field], ("run",))
 
 
 def _logger() -> logging.Logger:

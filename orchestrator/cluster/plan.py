@@ -28,6 +28,10 @@ class Resources:
         named = {"CPU": self.cpus, "GPU": self.gpus}
         return {name: amount for name, amount in named.items() if amount}
 
+    def or_more(self, other: "Resources") -> "Resources":
+        """The larger amount of each."""
+        return Resources(max(self.cpus, other.cpus), max(self.gpus, other.gpus))
+
 
 @dataclass(frozen=True)
 class WorkerPlan:

@@ -66,10 +66,11 @@ class DeskMembership:
         _answer(self._desk.failed.remote(name, error))
 
     def observe(self, folder: Path) -> Any:
-        """The trial's own journal."""
-        from orchestrator.tracking.observer import JournalObserver
+        """The trial's own journal, and what Ray shows of it."""
+        from orchestrator.cluster.observer import Shown
 
-        return JournalObserver(folder)
+        # <sweep>/trials/<trial>
+        return Shown(folder, f"{folder.parent.parent.name}/{folder.name}")
 
     def pause(self) -> None:
         """Let the trials speak."""

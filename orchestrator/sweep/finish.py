@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from orchestrator.config import JobConfig
 from orchestrator.errors import OrchestratorError
@@ -81,7 +82,8 @@ def _tell_best(
     _copy(best.folder / "adapter", run_dir / "adapter")
     loss = "" if best.eval_loss is None else f": eval loss {best.eval_loss:.4f}"
     head = f"# The sweep's best trial, {best.trial_id}{loss} after {best.steps} steps.\n"
-    write_whole(_job_file(run_dir), redact(head + dump_job(space.best_job(job, params))))
+    found = _without_account(space.best_job(job, params))
+    write_whole(_job_file(run_dir), redact(head + dump_job(found)))
     measures = {name: getattr(best, name) for name in _SUMMARY}
     observer.emit("best", trial_id=best.trial_id, params=params, **measures)
     observer.emit(
@@ -91,6 +93,18 @@ def _tell_best(
         eval_loss=best.eval_loss,
         proof=engine.get("proof"),
     )
+
+
+def _without_account(job: JobConfig) -> JobConfig:
+    """The job without who logs in to its MLflow store, which no file repeats.
+
+    MLflow takes the account from its environment variables then.
+    """
+    uri = job.tracking.uri
+    if uri is None or "@" not in (parts := urlsplit(uri)).netloc:
+        return job
+    bare = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+    return job.model_copy(update={"tracking": job.tracking.model_copy(update={"uri": bare})})
 
 
 def results(

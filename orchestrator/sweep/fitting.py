@@ -5,7 +5,7 @@ from typing import Any
 
 from orchestrator.config import JobConfig, SweepConfig
 from orchestrator.errors import RefusedError
-from orchestrator.sweep.space import with_params
+from orchestrator.sweep.space import holds, with_params
 
 # Keys whose values decide how large an adapter is.
 _SIZES = ("lora.rank", "lora.target_modules")
@@ -29,7 +29,7 @@ def leave_out(job: JobConfig, reason: Reason, say: Callable[[str], None]) -> Job
     space = dict(sweep.search_space)
     for key in set(_SIZES) & set(space):
         space[key] = _fitting(job, key, space[key], reason, say)
-    points = tuple(p for p in sweep.points if all(_holds(space, k, p[k]) for k in _SIZES if k in p))
+    points = tuple(p for p in sweep.points if all(holds(space[k], p[k]) for k in _SIZES if k in p))
     if len(points) < len(sweep.points):
         say(f"sweep.points: {len(sweep.points) - len(points)} of them cannot fit and are left out")
     return job.model_copy(update={"sweep": _with(sweep, space, points)})
@@ -83,11 +83,6 @@ def _largest(low: int, high: int, fits: Callable[[int], bool]) -> tuple[int, int
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low, most
-
-
-def _holds(space: dict[str, dict[str, list[Any]]], key: str, value: Any) -> bool:
-    kind, values = next(iter(space[key].items()))
-    return value in values if kind in ("choice", "grid") else values[0] <= value <= values[1]
 
 
 def _with(sweep: SweepConfig, space: dict[str, Any], points: tuple[Any, ...]) -> SweepConfig:

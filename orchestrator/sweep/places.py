@@ -32,7 +32,8 @@ def isolated(job: JobConfig, here: Session) -> tuple[WorkerPlan, int]:
     plan = plan_workers(
         cluster.model_copy(update={"workers": workers}), here.nodes, here.most, here.own
     )
-    room = max(1, _runs(plan, here.here))
+    there = here.here if here.most is None else here.here.or_more(here.most)
+    room = max(1, _runs(plan, there))
     if sweep.concurrent == "auto":
         count = min(sweep.trials, room)
     else:
@@ -40,7 +41,7 @@ def isolated(job: JobConfig, here: Session) -> tuple[WorkerPlan, int]:
         if count > room:
             raise RefusedError(
                 f"sweep.concurrent: {count} isolated trials of {plan.least} worker(s) each were "
-                f"asked for; the cluster has {here.here}, enough for {room}"
+                f"asked for; the cluster has {there}, enough for {room}"
             )
     threads = max(1, int(here.here.cpus // (plan.least * count))) if here.own else plan.threads
     return WorkerPlan(plan.workers, plan.gpus, plan.cpus, threads, plan.waits), count

@@ -1,5 +1,6 @@
 """Ray Tune's searchers and schedulers, as a job file names them."""
 
+from functools import partial
 from typing import Any
 
 from ray import tune
@@ -7,10 +8,14 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, Populati
 from ray.tune.search import BasicVariantGenerator
 
 from orchestrator.config import JobConfig, SweepConfig
-from orchestrator.sweep.space import grid_order
+from orchestrator.sweep.space import grid_order, most_steps
 
 # Li et al. 2020, "A System for Massively Parallel Hyperparameter Tuning", use 4; 3 is milder.
 _REDUCTION = 3
+# Rungs beyond the trials' real end are never reached.
+_ENDLESS = 10**6
+# What PBT changes on the way.
+_RATE = "training.learning_rate"
 
 
 def param_space(sweep: SweepConfig) -> dict[str, Any]:
@@ -35,8 +40,9 @@ def searcher(sweep: SweepConfig, places: int) -> Any:
     )
 
 
-def scheduler(job: JobConfig, sweep: SweepConfig, total_steps: int) -> Any:
+def scheduler(job: JobConfig, sweep: SweepConfig) -> Any:
     """Who decides which trials go on. Time is the trial's own step: Tune's count restarts."""
+    total_steps = most_steps(job, sweep) or _ENDLESS
     every = min(job.evaluation.every, total_steps)
     common = {"time_attr": "step", "metric": sweep.metric, "mode": sweep.mode}
     if sweep.scheduler == "asha":
@@ -44,11 +50,21 @@ def scheduler(job: JobConfig, sweep: SweepConfig, total_steps: int) -> Any:
             **common, grace_period=every, max_t=total_steps, reduction_factor=_REDUCTION
         )
     if sweep.scheduler == "pbt":
-        rates = {k: v for k, v in param_space(sweep).items() if k.startswith("training.learning_")}
+        domain = sweep.search_space[_RATE]
+        kind, values = next(iter(domain.items()))
+        listed = kind in ("choice", "grid")
+        # Of a list Tune takes a neighbour; a range's value it multiplies, beyond the ends too.
         return PopulationBasedTraining(
-            **common, perturbation_interval=every, hyperparam_mutations=rates
+            **common,
+            perturbation_interval=every,
+            hyperparam_mutations={_RATE: list(values) if listed else _domain(sweep, domain)},
+            custom_explore_fn=None if listed else partial(_within, *values),
         )
     return FIFOScheduler()
+
+
+def _within(low: float, high: float, config: dict[str, Any]) -> dict[str, Any]:
+    return {**config, _RATE: min(max(config[_RATE], low), high)}
 
 
 def _domain(sweep: SweepConfig, domain: dict[str, list[Any]]) -> Any:

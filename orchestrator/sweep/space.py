@@ -1,8 +1,9 @@
 """The search space: which keys of the job file, with which values. Pure, no Ray."""
 
 import random
-from collections.abc import Iterator, Mapping
-from itertools import islice, product
+from collections.abc import Collection, Iterator, Mapping
+from itertools import combinations, islice, product
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ Params = Mapping[str, Any]
 _OF_THE_ADAPTER = ("lora.", "training.")
 _OF_THE_PASS = ("training.tokens_per_pass", "training.gradient_checkpointing")
 _NOT_SEARCHED = ("name", "output_dir", "tracking", "cluster", "sweep", "evaluation", "checkpoint")
-# A space of more combinations is checked key by key and in its first so many corners.
-_MOST_CORNERS = 1024
+# Of two keys that list more values, so many pairs are tried.
+_MOST_PAIRS = 1024
 # PBT goes on from any trial's evaluation, so none of their checkpoints may go.
 _ALL_CHECKPOINTS = 10**6
 
@@ -48,11 +49,34 @@ def check(job: JobConfig) -> SweepConfig:
             keys = ", ".join(sorted(sweep.search_space))
             raise RefusedError(f"sweep.points[{number}]: give a value for each of {keys}")
         _try(job, point, f"sweep.points[{number}]")
-    for combination in islice(_corners(sweep), _MOST_CORNERS):
-        _try(job, combination, f"sweep.search_space: {_written(combination)} do not go together")
+        for key, value in point.items():
+            if not holds(sweep.search_space[key], value):
+                raise RefusedError(
+                    f"sweep.points[{number}]: {key} is {value}, which is not in its search space "
+                    f"{sweep.search_space[key]}"
+                )
+    # No rule of a job file is about more than two keys.
+    for pair in combinations(sweep.search_space, 2):
+        for values in islice(_corners(sweep, pair), _MOST_PAIRS):
+            _try(job, values, f"sweep.search_space: {_written(values)} do not go together")
     _check_metric(job, sweep)
     _check_searcher(sweep)
     return sweep
+
+
+def holds(domain: Mapping[str, list[Any]], value: Any) -> bool:
+    """Whether a key's domain has a value."""
+    kind, values = next(iter(domain.items()))
+    if kind in ("choice", "grid"):
+        return value in values
+    return isinstance(value, (int, float)) and values[0] <= value <= values[1]
+
+
+def most_steps(job: JobConfig, sweep: SweepConfig) -> int | None:
+    """Optimizer steps of the longest trial; None where the data's size decides it."""
+    domain = sweep.search_space.get("training.max_steps")
+    steps = [job.training.max_steps] if domain is None else _edges(domain)
+    return None if None in steps else max(steps)
 
 
 def is_shared(job: JobConfig) -> bool:
@@ -85,11 +109,11 @@ def _edges(domain: Mapping[str, list[Any]]) -> list[Any]:
     return [float(value) for value in values] if kind in ("uniform", "loguniform") else values
 
 
-def _corners(sweep: SweepConfig) -> Iterator[dict[str, Any]]:
-    """Every combination of listed values and of ranges' ends."""
-    edges = [_edges(domain) for domain in sweep.search_space.values()]
+def _corners(sweep: SweepConfig, keys: Collection[str]) -> Iterator[dict[str, Any]]:
+    """Every combination of these keys' listed values and ranges' ends."""
+    edges = [_edges(sweep.search_space[key]) for key in keys]
     for combination in product(*edges):
-        yield dict(zip(sweep.search_space, combination, strict=True))
+        yield dict(zip(keys, combination, strict=True))
 
 
 def _written(params: Params) -> str:
@@ -179,7 +203,7 @@ def _check_searcher(sweep: SweepConfig) -> None:
             raise RefusedError(
                 f"sweep.searcher: grid needs listed values; {', '.join(ranges)} is a range"
             )
-        size = sum(1 for _ in _corners(sweep))
+        size = prod(len(_edges(domain)) for domain in sweep.search_space.values())
         if size > sweep.trials:
             raise RefusedError(
                 f"sweep.trials: the grid has {size} points and only {sweep.trials} trials; set "
@@ -188,7 +212,7 @@ def _check_searcher(sweep: SweepConfig) -> None:
         if sweep.points:
             raise RefusedError("sweep.points: a grid tries every point anyway; leave them out")
     if sweep.scheduler == "pbt":
-        if not any(key.startswith("training.learning_rate") for key in sweep.search_space):
+        if "training.learning_rate" not in sweep.search_space:
             raise RefusedError("sweep.scheduler: pbt changes training.learning_rate; search it")
         if sweep.searcher == "grid":
             raise RefusedError("sweep.scheduler: pbt goes with searcher random or optuna")

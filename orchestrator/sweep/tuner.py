@@ -21,7 +21,6 @@ _SETTINGS = {
 # A trial only waits, and Tune refuses to ask for nothing: a byte. The smallest share of a CPU would
 # keep a worker that takes all CPUs of a node from ever starting.
 _TRIAL_RESOURCES = {"memory": 1}
-_ENDLESS = 10**6
 
 
 def make_tuner(job: JobConfig, run_dir: Path, context: Context, places: int) -> tune.Tuner:
@@ -68,13 +67,11 @@ def make_tuner(job: JobConfig, run_dir: Path, context: Context, places: int) -> 
 def _tune_config(job: JobConfig, sweep: SweepConfig, places: int) -> tune.TuneConfig:
     # Schedulers are told the metric themselves, and Tune wants it in one place only.
     told = sweep.scheduler != "none"
-    # Rungs beyond the trials' real end are never reached.
-    total = job.training.max_steps or _ENDLESS
     return tune.TuneConfig(
         metric=None if told else sweep.metric,
         mode=None if told else sweep.mode,
         search_alg=search.searcher(sweep, places),
-        scheduler=search.scheduler(job, sweep, total),
+        scheduler=search.scheduler(job, sweep),
         num_samples=1 if sweep.searcher == "grid" else sweep.trials,
         max_concurrent_trials=places,
         time_budget_s=sweep.time_budget,

@@ -294,6 +294,11 @@ def test_a_sweep_is_submitted_in_the_same_way(jobs: Jobs) -> None:
     )
     done = jobs.submit("jobs/sweep.py", job)
     assert done.status == 0, done.out + done.err
+    for trial in jobs.run("swept").glob("trials/*"):
+        # Of each trial too whoever watches Ray sees every step.
+        ((_, lines),) = _worker_lines(jobs.cluster, f"swept/{trial.name}").items()
+        logged = [line["step"] for line in lines if "step" in line]
+        assert logged == [step for step, *_ in curve(trial)]
     result = json.loads((jobs.run("swept") / "result.json").read_text())
     assert {trial["params"]["lora.rank"] for trial in result["trials"]} == {2, 4}
     assert Path(result["adapter"], "adapter_model.safetensors").exists()

@@ -119,6 +119,9 @@ def test_the_launcher_takes_cluster_yaml() -> None:
     assert f"{MOST_VARIABLE}=CPU={most['CPU']},GPU={most['GPU']}" in options
     assert spot["max_workers"] + fallback["max_workers"] == config["max_workers"]
     assert "RAY_AUTH_MODE=token" in options and "-v /mnt/shared:/mnt/shared" in options
+    # Prometheus reads Ray's list of nodes beside the container; workers reach buckets too.
+    assert "-v /tmp/ray:/tmp/ray" in options
+    assert all("IamInstanceProfile" in node["node_config"] for node in types.values())
     assert "/home/ray/.ray/auth_token" in config["file_mounts"]
     assert any("nfs4" in line for line in config["initialization_commands"])
 

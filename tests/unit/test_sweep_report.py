@@ -317,6 +317,18 @@ def test_the_best_job_file_is_one_that_finetune_reads(tmp_path: Path) -> None:
     assert all(getattr(best, name) == getattr(job, name) for name in kept)
 
 
+def test_the_best_job_file_names_the_store_without_an_account(tmp_path: Path) -> None:
+    from orchestrator.jobfile import load_job
+
+    job = sweep_job(tmp_path)
+    tracking = job.tracking.model_copy(update={"uri": "http://user:swordfish@host:5000/a"})
+    job = job.model_copy(update={"tracking": tracking})
+    write_trials(job, MIXED)
+    _with_adapters(job)
+    conclude(job, job.run_dir, {}, _Said(), lambda: None)
+    assert load_job(job.run_dir / "best.yaml").tracking.uri == "http://host:5000/a"
+
+
 def test_a_sweep_without_a_finished_trial_has_a_report(tmp_path: Path) -> None:
     from orchestrator.errors import OrchestratorError
 

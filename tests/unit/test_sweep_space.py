@@ -43,6 +43,19 @@ def _job(search_space: dict[str, Any], **sweep: Any) -> JobConfig:
         ),
         (RANKS, {"points": [{"lora.alpha": 1}]}, "points[0]"),
         (RANKS, {"points": [{"lora.rank": 0}]}, "points[0]"),
+        (RANKS, {"points": [{"lora.rank": 16}]}, "points[0]: lora.rank is 16, which is not in"),
+        ({"lora.alpha": {"uniform": [1, 2]}}, {"points": [{"lora.alpha": 3}]}, "lora.alpha is 3"),
+        # The bad pair comes after a thousand good combinations.
+        (
+            {
+                "training.warmup_steps": {"choice": [0, 15]},
+                "training.max_steps": {"choice": [20, 10]},
+                "training.batch_size": {"choice": list(range(1, 33))},
+                "lora.rank": {"choice": list(range(1, 33))},
+            },
+            {},
+            "training.warmup_steps=15, training.max_steps=10",
+        ),
         (RANKS, {"searcher": "grid", "trials": 1}, "2 points"),
         ({"lora.alpha": {"uniform": [1, 2]}}, {"searcher": "grid"}, "is a range"),
         (RANKS, {"scheduler": "pbt"}, "learning_rate"),
