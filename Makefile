@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 CONSTRAINTS := infra/constraints.txt
+# Half of a test's time it waits for processes to start or to be missed; a file stays together.
+TWO := -n 2 --dist loadfile
 
 .PHONY: help setup demo demo-sweep test test-memory test-cluster test-unit test-gpu lint format types bench clean
 
@@ -33,13 +35,13 @@ demo-sweep: .demo/train.jsonl ## Search rank and learning rate of the demo's mod
 	$(BIN)/orchestrator sweep jobs/examples/sweep.yaml
 
 test: $(VENV)/.model ## Unit and integration tests, but for those of the next three
-	$(BIN)/python -m pytest tests/unit tests/integration -m "not gpu and not cluster and not memory" -q
+	$(BIN)/python -m pytest tests/unit tests/integration -m "not gpu and not cluster and not memory" $(TWO) -q
 
 test-memory: $(VENV)/.model ## What `plan` promises beside what real steps take, and runs under a limit
 	$(BIN)/python -m pytest tests/integration -m "memory and not gpu and not cluster" -q
 
 test-cluster: $(VENV)/.model ## Several nodes on this machine, and faults of every kind
-	$(BIN)/python -m pytest tests/integration -m cluster -q
+	$(BIN)/python -m pytest tests/integration -m cluster $(TWO) -q
 
 test-unit: $(VENV)/.ready ## Unit tests alone
 	$(BIN)/python -m pytest tests/unit -m "not gpu" -q

@@ -12,6 +12,10 @@ import pytest
 from ruamel.yaml import YAML
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Threads that wait for one another keep their cores busy: with those of another test beside
+    # them both take ten times as long.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"

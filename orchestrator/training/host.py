@@ -54,7 +54,9 @@ class Host:
         self._members: dict[str, Member] = {}
         # The base's own eval loss is every fresh adapter's: B is zero.
         self._base_loss: float | None = None
-        self._pace = Pace()
+        self._pace = Pace(("fused", "in turn"), _TRIED_ROUNDS)
+        # They are rare and long: one of each says enough.
+        self._evaluations_pace = Pace(("in turn",), 1)
         self._lanes = Lanes(ground.engine)
 
     def run(self) -> Path | None:
@@ -156,7 +158,7 @@ class Host:
         self._pace.measured(len(names), layout, tokens, seconds)
         for group, part in zip(groups, passed, strict=True):
             self._take(group, part)
-        self._report([name for name in names if name in self._courses], layout)
+        self._report([name for name in names if name in self._courses])
 
     def _side_by_side(self, works: Sequence[Callable[[Engine], "_Passed"]]) -> list["_Passed"]:
         passed = []
@@ -193,20 +195,26 @@ class Host:
                 # The loss is summed over the workers: all of them see the same.
                 self._fail(name, str(error))
 
-    def _report(self, names: list[str], layout: Layout) -> None:
+    def _report(self, names: list[str]) -> None:
         due = [name for name in names if course.evaluation_due(self._courses[name])]
+        layout = self._evaluations_pace.choose(len(due), self._can_evaluate_beside(due))
+        began = time.perf_counter()
         losses = self._eval_losses(due) if layout == "side by side" else {}
         for name in names:
             if name in due:
                 self._alone(name, partial(self._evaluate, name, losses.get(name)))
             else:
                 course.save_if_due(self._courses[name])
+        self._evaluations_pace.measured(len(due), layout, len(due), time.perf_counter() - began)
+
+    def _can_evaluate_beside(self, names: list[str]) -> bool:
+        held_out = self._ground.data.validation
+        return held_out is not None and self._lanes.hold(len(names), int(held_out.lengths.max()))
 
     def _eval_losses(self, names: list[str]) -> dict[str, Future[float]]:
-        """The eval losses of several at once, where they can be had so."""
+        """The eval losses of several at once."""
         held_out = self._ground.data.validation
-        if held_out is None or not self._lanes.hold(len(names), int(held_out.lengths.max())):
-            return {}
+        assert held_out is not None
         works = [
             partial(
                 evaluation.eval_loss, adapter=self._courses[name].tenant.adapter, dataset=held_out
@@ -314,7 +322,9 @@ class Pace:
     The first rounds of each number of adapters try them all.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, layouts: Sequence[Layout], tries: int) -> None:
+        """Of these layouts, and of side by side where that can be; each is tried so often."""
+        self._layouts, self._tries = list(layouts), tries
         self._seconds_per_token: dict[tuple[int, Layout], list[float]] = {}
 
     def choose(self, adapters: int, beside: bool) -> Layout:
@@ -324,21 +334,19 @@ class Pace:
             adapters: how many there are.
             beside: whether they can be passed side by side.
         """
-        if adapters == 1:
-            return "fused"
-        possible: list[Layout] = ["fused", "in turn"]
-        if beside:
-            possible.append("side by side")
+        if adapters < 2:
+            return self._layouts[0]
+        possible: list[Layout] = [*self._layouts, "side by side"] if beside else self._layouts
         taken = {layout: self._seconds_per_token.get((adapters, layout), []) for layout in possible}
         least = min(possible, key=lambda layout: len(taken[layout]))
-        if len(taken[least]) < _TRIED_ROUNDS:
+        if len(taken[least]) < self._tries:
             return least
         return min(possible, key=lambda layout: min(taken[layout]))
 
     def measured(self, adapters: int, layout: Layout, tokens: int, seconds: float) -> None:
         """What a round took."""
         taken = self._seconds_per_token.setdefault((adapters, layout), [])
-        if len(taken) < _TRIED_ROUNDS and tokens:
+        if len(taken) < self._tries and tokens:
             taken.append(seconds / tokens if math.isfinite(seconds) else math.inf)
 
 

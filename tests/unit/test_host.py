@@ -1,7 +1,7 @@
 """Adapters that come and go over one base: each one's curve is its own, whoever is beside it."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -222,18 +222,27 @@ def test_a_fork_goes_on_from_another_ones_checkpoint(
     assert forked.losses()[-1] != pytest.approx(donor.losses()[-1], rel=1e-6)
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """As on two cores; other tests of this process have what they had."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_adapters_side_by_side_train_as_alone(
     job: JobConfig,
     club: Club,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    two_threads: None,
     checkpointing: bool,
 ) -> None:
     recomputed = job.training.model_copy(update={"gradient_checkpointing": checkpointing})
     job = job.model_copy(update={"training": recomputed})
     monkeypatch.setattr(Pace, "choose", _beside)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     threads: set[int] = set()
     for name in ("step", "evaluate"):
         _note_thread(monkeypatch, name, threads)
@@ -255,9 +264,12 @@ def test_adapters_side_by_side_train_as_alone(
 
 
 def test_who_lacks_memory_beside_others_is_trained_alone(
-    job: JobConfig, club: Club, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    job: JobConfig,
+    club: Club,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    two_threads: None,
 ) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     asked: list[bool] = []
 
     def choose(pace: Pace, adapters: int, beside: bool) -> str:
@@ -306,12 +318,11 @@ def test_workers_pass_as_the_leader_says_for_each_measures_other_times(
 
 
 def test_memory_that_runs_out_in_a_lane_shortens_the_passes_of_all(
-    job: JobConfig, tmp_path: Path
+    job: JobConfig, tmp_path: Path, two_threads: None
 ) -> None:
     engine = open_ground(job, tmp_path / "cache", CPU, World(), Recorder()).engine
     engine.tokens_per_pass = 400
     lanes = Lanes(engine)
-    lanes._threads = 2
     assert lanes.hold(2, 200) and not lanes.hold(2, 201) and not lanes.hold(1, 10)
 
     def shorten(part: Engine) -> int:
@@ -341,18 +352,27 @@ def _note_thread(monkeypatch: pytest.MonkeyPatch, name: str, threads: set[int]) 
 
 
 def _beside(pace: Pace, adapters: int, beside: bool) -> str:
-    assert beside or adapters == 1
+    assert beside or adapters < 2
     return "side by side" if beside else "fused"
 
 
 def test_the_fastest_layout_is_chosen_after_trying_all() -> None:
     seconds = {"fused": 2.0, "in turn": 3.0, "side by side": 1.0}
     for beside, best in ((True, "side by side"), (False, "fused")):
-        pace, tried = Pace(), []
+        pace, tried = Pace(("fused", "in turn"), 3), []
         for _ in range(12):
             layout = pace.choose(3, beside)
             tried.append(layout)
             pace.measured(3, layout, 100, seconds[layout])
         assert set(tried) == {layout for layout in seconds if beside or layout != "side by side"}
         assert set(tried[9:]) == {best}
-    assert Pace().choose(1, False) == "fused"
+    assert Pace(("fused", "in turn"), 3).choose(1, False) == "fused"
+
+
+def test_of_evaluations_too_the_faster_way_is_chosen() -> None:
+    pace, tried = Pace(("in turn",), 1), []
+    for _ in range(4):
+        layout = pace.choose(2, True)
+        tried.append(layout)
+        pace.measured(2, layout, 2, 5.0 if layout == "side by side" else 4.0)
+    assert tried == ["in turn", "side by side", "in turn", "in turn"]
