@@ -18,6 +18,8 @@ from orchestrator.sweep.engine import serve
 _ANSWER_SECONDS = 120.0
 _END_SECONDS = 120.0
 _AGAIN_SECONDS = 10.0
+# For who has asked twice: what is not saved by then is done again by the next command.
+_HURRIED_SECONDS = 3.0
 
 
 class RunningEngine:
@@ -80,9 +82,11 @@ class RunningEngine:
     def __enter__(self) -> "RunningEngine":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        hurried = kind is KeyboardInterrupt
         # Whoever leaves Ray while the engine still starts would start Ray anew from its thread.
         with suppress(ray.exceptions.RayError, TimeoutError):
-            ray.get(self.desk.close.remote(None), timeout=_ANSWER_SECONDS)
-        self._run.wait(_END_SECONDS)
+            timeout = _HURRIED_SECONDS if hurried else _ANSWER_SECONDS
+            ray.get(self.desk.close.remote(None), timeout=timeout)
+        self._run.wait(_HURRIED_SECONDS if hurried else _END_SECONDS)
         ray.kill(self.desk)

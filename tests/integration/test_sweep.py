@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -277,6 +278,29 @@ def test_an_interrupted_sweep_goes_on_and_leaves_nothing_behind(
         assert not _left(cluster)
     finally:
         cluster.close()
+
+
+@pytest.mark.cluster
+def test_who_interrupts_twice_waits_for_nothing_and_goes_on_later(
+    commands: Commands, job_file: JobFile, tmp_path: Path
+) -> None:
+    job, folder = _job(job_file, "twice", steps=60), tmp_path / "runs" / "twice"
+    process = commands.start("sweep", job, "--json")
+    wait_until(lambda: _steps(folder) > 20, "some steps were trained")
+    family = psutil.Process(process.pid).children(recursive=True)
+    # An engine that hears nothing would hold up whoever waits for it.
+    (engine,) = [p for p in family if "RayTrainWorker" in " ".join(p.cmdline())]
+    engine.send_signal(signal.SIGSTOP)
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(1)
+    ended = commands.wait(process)
+    engine.kill()
+    assert ended.status == 130 and ended.result["status"] == "interrupted"
+    assert not psutil.wait_procs(family, timeout=30)[1]
+    ended = commands.run("sweep", job, "--json")
+    assert ended.status == 0, ended.err
+    assert [trial["steps"] for trial in ended.result["trials"]] == [60] * 4
 
 
 @pytest.mark.parametrize(
