@@ -112,6 +112,7 @@ def sweep(
         if finished is not None:
             say(f"{resolved.name} is finished ({len(finished['trials'])} trials). {run_dir}")
             return finished
+        write_whole(run_dir / "result.json", json.dumps({"status": "running"}))
         write_whole(run_dir / "job.yaml", redact(dump_job(resolved)))
         return _sweep(resolved, run_dir, say, watch)
 

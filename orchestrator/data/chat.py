@@ -18,7 +18,7 @@ prompt and completion that are plain texts are joined as they are, the end-of-se
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import takewhile
 from typing import Any
@@ -69,8 +69,8 @@ class Renderer:
         self._end: str = tokenizer.eos_token or ""
         self._bos: str = tokenizer.bos_token or ""
         self._ends_of_turn: dict[str | None, str] = {}
-        # Whether the template writes a turn of this role behind one of that role.
-        self._written: dict[tuple[str, str | None], bool] = {}
+        # By the roles of a conversation: the first turn that the template leaves out of it.
+        self._left_out: dict[tuple[str, ...], int | None] = {}
         try:
             self._template = tokenizer.get_chat_template() if tokenizer.chat_template else None
         except ValueError as error:
@@ -252,17 +252,20 @@ class Renderer:
 
     def _refuse_left_out(self, turns: Sequence[Turn], folded: int) -> None:
         """Templates know no tools, or system turns at the beginning only, and drop the others."""
-        for index, turn in enumerate(turns):
-            if turn.role not in ("system", "tool"):
-                continue
-            place = (turn.role, turns[index - 1].role if index else None)
-            if place not in self._written:
-                marked = [*turns[:index], Turn(turn.role, _MARK), *turns[index + 1 :]]
-                self._written[place] = _MARK in self._apply(marked)
-            if not self._written[place]:
-                raise BadRowError(
-                    f"the model's chat template leaves {turn.role} turn {index + 1 + folded} out"
-                )
+        marks = {n: f"{_MARK}{n}." for n, t in enumerate(turns) if t.role in ("system", "tool")}
+        if not marks:
+            return
+        roles = tuple(turn.role for turn in turns)
+        if roles not in self._left_out:
+            text = self._apply(
+                [replace(turn, content=marks.get(n, turn.content)) for n, turn in enumerate(turns)]
+            )
+            self._left_out[roles] = next((n for n, mark in marks.items() if mark not in text), None)
+        index = self._left_out[roles]
+        if index is not None:
+            raise BadRowError(
+                f"the model's chat template leaves {roles[index]} turn {index + 1 + folded} out"
+            )
 
     def _apply(self, turns: Sequence[Turn], generation: bool = False) -> str:
         from jinja2 import TemplateError

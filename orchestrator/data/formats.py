@@ -1,5 +1,6 @@
 """Rows of known formats become conversations or plain texts."""
 
+import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -103,25 +104,34 @@ def _turns(messages: Any, column: str, role_key: str, content_key: str) -> list[
         if not isinstance(content, str):
             raise BadRowError(f"message {number} has no text in {content_key!r}")
         for key in _CALLS:
-            if message.get(key):
+            if not _absent(message.get(key)):
                 raise BadRowError(f"message {number} has {key}, which {_UNTRAINED}")
-        weight = message.get("weight")
-        if weight not in (None, 0, 1):
+        weight = message.get("weight") if _ROLES[role] == "assistant" else None
+        if not _absent(weight) and weight not in (0, 1):
             raise BadRowError(f"message {number} has the weight {weight!r}; it is 0 or 1")
         text = _unicode(content, f"message {number} of {column}")
         turns.append(Turn(_ROLES[role], text, weight != 0))
     return turns
 
 
+def _absent(value: Any) -> bool:
+    """Whether a value is none: tables fill every row, some with empty JSON as text."""
+    if isinstance(value, str):
+        return value.strip() in ("", "[]", "{}", "null")
+    if isinstance(value, Mapping):
+        return all(map(_absent, value.values()))
+    # NaN is what tables write for a number that is not there.
+    return value is None or value != value or (isinstance(value, (list, tuple)) and not value)
+
+
 def _without_tools(row: Mapping[str, Any]) -> None:
-    if row.get("tools"):
+    if not _absent(row.get("tools")):
         raise BadRowError(f"column tools describes tools, which {_UNTRAINED}")
 
 
 def _system(row: Mapping[str, Any]) -> list[Turn]:
     """The system turn that a column of its own holds, if one does."""
-    there = row.get("system") is not None and row["system"] != ""
-    return [Turn("system", _text(row, "system"))] if there else []
+    return [] if _absent(row.get("system")) else [Turn("system", _text(row, "system"))]
 
 
 def _chat(turns: Iterable[Turn], trained_from: int = 0, joined: bool = False) -> Chat:
@@ -170,13 +180,21 @@ def _alpaca(row: Mapping[str, Any]) -> Chat:
 
 
 def _history(row: Mapping[str, Any]) -> list[Turn]:
-    """Earlier questions and answers, as a list of pairs."""
-    turns = []
-    for pair in row.get("history") or ():
+    """Earlier questions and answers, as a list of pairs; in CSV as JSON. An empty one is none."""
+    turns: list[Turn] = []
+    history = row.get("history")
+    if _absent(history):
+        return turns
+    if isinstance(history, str):
+        try:
+            history = json.loads(history)
+        except ValueError:
+            history = None
+    for pair in history if isinstance(history, (list, tuple)) else (None,):
         if not isinstance(pair, (list, tuple)) or [type(text) for text in pair] != [str, str]:
             raise BadRowError("column history is no list of pairs of question and answer")
         question, answer = (_unicode(text, "column history") for text in pair)
-        turns += [Turn("user", question), Turn("assistant", answer)]
+        turns += [Turn("user", question), Turn("assistant", answer, bool(answer.strip()))]
     return turns
 
 

@@ -175,14 +175,17 @@ def _read_json(file: Path) -> Iterator[Row]:
 def _wrapped(content: dict[str, Any]) -> list[Any]:
     """The rows of a file that holds one object: its only list of objects, or else the object.
 
-    An object with the columns of a format is a row, whatever lists are in it.
+    An object with the columns of a format is a row, whatever lists are in it; but a text beside a
+    list of objects describes them.
     """
-    if any(set(format.required) <= content.keys() for format in FORMATS.values()):
-        return [content]
-    lists = [value for value in content.values() if isinstance(value, list)]
-    if len(lists) != 1 or not all(isinstance(value, dict) for value in lists[0]):
-        return [content]
-    return lists[0]
+    lists = [value for value in content.values() if _may_hold_rows(value)]
+    fitting = [f.name for f in FORMATS.values() if set(f.required) <= content.keys()]
+    is_row = (fitting == ["text"] and not lists) or any(name != "text" for name in fitting)
+    return [content] if is_row or len(lists) != 1 else lists[0]
+
+
+def _may_hold_rows(value: Any) -> bool:
+    return isinstance(value, list) and (not value or any(isinstance(v, dict) for v in value))
 
 
 def _read_csv(file: Path) -> Iterator[Row]:

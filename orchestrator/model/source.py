@@ -56,16 +56,17 @@ def locate(config: ModelConfig, cache_dir: Path) -> ModelSource:
 
 
 def longest_row(path: Path, config: ModelConfig) -> int | None:
-    """Tokens that a model takes at most, by the config in a folder or .gguf file.
+    """Tokens that a model takes at most, by the config in a folder.
 
-    None where it names no such number, or cannot be read: whoever loads the model says why.
+    None where it names no such number, or cannot be read: whoever loads the model says why. A .gguf
+    file has no config, and to make one of it takes seconds.
     """
     from transformers import AutoConfig
 
-    gguf = path.suffix == ".gguf" and path.is_file()
-    where = {"gguf_file": path.name} if gguf else {"trust_remote_code": config.trust_remote_code}
+    if path.is_file():
+        return None
     try:
-        found = AutoConfig.from_pretrained(path.parent if gguf else path, **where)
+        found = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, KeyError):
         return None
     limit = getattr(found.get_text_config(), "max_position_embeddings", None)

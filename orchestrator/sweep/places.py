@@ -35,7 +35,8 @@ def isolated(job: JobConfig, here: Session) -> tuple[WorkerPlan, int]:
     there = here.here if here.most is None else here.here.or_more(here.most)
     room = max(1, _runs(plan, there))
     if sweep.concurrent == "auto":
-        count = min(sweep.trials, room)
+        # More nodes may never come; where there are none yet, some must.
+        count = min(sweep.trials, _runs(plan, here.here) or room)
     else:
         count = min(int(sweep.concurrent), sweep.trials)
         if count > room:

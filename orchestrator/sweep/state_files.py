@@ -23,6 +23,10 @@ class _WholeFile(io.BytesIO):
         super().__init__()
         self._path = path
 
+    def __del__(self) -> None:
+        # Who gives up halfway closes nothing; the base class would, and so commit half a file.
+        super().close()
+
     def close(self) -> None:
         if not self.closed:
             try:

@@ -100,7 +100,7 @@ def resume(course: Course) -> None:
     """Take over the newest whole checkpoint; the leader decides which that is.
 
     Raises:
-        RefusedError: it is of another base or other data, or beyond the job's last step.
+        RefusedError: it is of another base or other data.
         CheckpointError: a worker cannot read what the leader can.
     """
     world, folder, found = course.ground.world, course.folder / "checkpoints", None
@@ -115,13 +115,22 @@ def resume(course: Course) -> None:
             f"{course.folder} holds a run of another base or other data (its content changed). "
             "Give the job another name, or delete that folder"
         )
-    if found.step > course.total:
-        raise RefusedError(
-            f"{course.folder} has trained {found.step} steps already, the job has {course.total} "
-            "in all. Give it as many, or another name"
-        )
     take_over(course, found)
     course.progress = Progress(**found.state["progress"])
+
+
+def check_length(course: Course) -> None:
+    """What was trained is not undone by a job of fewer steps.
+
+    Raises:
+        RefusedError: the present step is beyond the job's last.
+    """
+    step = course.progress.step
+    if step > course.total:
+        raise RefusedError(
+            f"{course.folder} has trained {step} steps already, the job has {course.total} in all. "
+            "Give it as many, or another name"
+        )
 
 
 def take_over(course: Course, found: Checkpoint) -> None:

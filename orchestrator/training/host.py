@@ -132,6 +132,7 @@ class Host:
         course.resume(state)
         if member.fork is not None and state.forked_from != str(member.fork):
             course.fork(state, member.fork)
+        course.check_length(state)
         emit_start(state)
         if state.progress.step == 0:
             course.evaluate(state, self._base_loss)

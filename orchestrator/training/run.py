@@ -74,6 +74,7 @@ def run(
         state = course.enter(ground, job, folder, observer)
     with world.together():
         course.resume(state)
+        course.check_length(state)
     emit_start(state)
     if state.progress.step == 0:
         course.evaluate(state)

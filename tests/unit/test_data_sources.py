@@ -123,6 +123,21 @@ def test_lists_in_a_row_are_not_its_rows(
     assert data.counts.rows == 1
 
 
+@pytest.mark.parametrize(
+    ("content", "rows", "bad"),
+    [
+        ({"text": "about this set", "data": [GOOD, GOOD]}, 2, 0),
+        ({"data": [GOOD, None, GOOD]}, 3, 1),
+        ({"data": [GOOD], "tags": ["x"]}, 1, 0),
+    ],
+)
+def test_a_list_of_objects_is_what_is_wrapped(
+    tmp_path: Path, tokenizer: Any, content: Any, rows: int, bad: int
+) -> None:
+    data = load(tmp_path, tokenizer, "rows.json", json.dumps(content), on_bad_row="skip")
+    assert (data.counts.rows, data.counts.bad) == (rows, bad)
+
+
 def test_what_describes_a_folder_is_no_row_of_it(tmp_path: Path, tokenizer: Any) -> None:
     folder = tmp_path / "set"
     folder.mkdir()
@@ -161,16 +176,40 @@ def test_system_and_history_have_columns_of_their_own(tmp_path: Path, tokenizer:
     messages = [{"role": role, "content": content} for role, content in turns]
     spoken = [{"from": role, "value": content} for role, content in turns[1:]]
     same = [
-        {"messages": messages, "tools": None},
+        {"messages": messages, "tools": "[]"},
         {"conversations": spoken, "system": "one"},
         {"instruction": "a", "input": "b", "output": "dog", "system": "one"}
         | {"history": [["red", "cat"]]},
+        {"instruction": "a", "input": "b", "output": "dog", "system": "one"}
+        | {"history": '[["red", "cat"]]'},
     ]
     found = []
     for number, row in enumerate(same):
         example = load(tmp_path, tokenizer, f"{number}.jsonl", [row]).train[0]
         found.append((example.ids.tolist(), example.trained.tolist()))
-    assert found[0] == found[1] == found[2]
+    assert found[0] == found[1] == found[2] == found[3]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"system": " ", "history": ""},
+        {"system": None, "history": "[]"},
+        {"history": []},
+        {"input": ""},
+    ],
+)
+def test_empty_columns_are_none(tmp_path: Path, tokenizer: Any, more: dict[str, Any]) -> None:
+    row = {"instruction": "a", "output": "b"}
+    plain = load(tmp_path, tokenizer, "plain.jsonl", [row]).train[0].ids.tolist()
+    assert load(tmp_path, tokenizer, "more.jsonl", [row | more]).train[0].ids.tolist() == plain
+    called = {"name": None, "arguments": None}
+    messages = [
+        {"role": "user", "content": "a", "weight": float("nan")},
+        {"role": "assistant", "content": "b", "tool_calls": "[]", "function_call": called},
+    ]
+    asked = load(tmp_path, tokenizer, "asked.jsonl", [{"messages": messages, "tools": "null"}])
+    assert asked.train[0].ids.tolist() == plain
 
 
 def test_folders_named_like_files_and_capital_suffixes(tmp_path: Path, tokenizer: Any) -> None:

@@ -73,6 +73,13 @@ NO_TOOLS = (
     "{% for m in messages %}{% if m['role'] in ('user', 'assistant') or loop.first %}" + HEAD + ""
     "{{ m['content'] }}<|im_end|>\n{% endif %}{% endfor %}" + ASK
 )
+# As DeepSeek-R1's: of several system turns the last one counts.
+LAST_SYSTEM = (
+    "{% set ns = namespace(said='') %}{% for m in messages %}{% if m['role'] == 'system' %}"
+    "{% set ns.said = m['content'] %}{% endif %}{% endfor %}{{ ns.said }}"
+    "{% for m in messages %}{% if m['role'] != 'system' %}" + HEAD + "{{ m['content'] }}<|im_end|>"
+    "\n{% endif %}{% endfor %}" + ASK
+)
 NO_END = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -237,6 +244,18 @@ def test_a_turn_that_the_template_passes_over_is_a_bad_row(
         load(tmp_path, with_template(tokenizer, NO_TOOLS), [{"messages": messages}])
     data = load(tmp_path, tokenizer, [{"messages": messages}])
     assert "two<|im_end|>" in prompt(tokenizer, data)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_what_is_left_out_of_one_row_says_nothing_of_others(
+    tmp_path: Path, tokenizer: Any, order: int
+) -> None:
+    asked = [("user", "red"), ("assistant", "cat")]
+    talks = [[("system", "one"), *asked], [("system", "one"), ("system", "two"), *asked]]
+    rows = [{"messages": [{"role": r, "content": c} for r, c in talk]} for talk in talks[::order]]
+    changed = with_template(tokenizer, LAST_SYSTEM)
+    data = load(tmp_path, changed, rows * 3, on_bad_row="skip")
+    assert len(data) == 3 and all(prompt(changed, data, n).startswith("one") for n in range(3))
 
 
 def test_an_answer_of_weight_0_is_given_not_trained(tmp_path: Path, tokenizer: Any) -> None:

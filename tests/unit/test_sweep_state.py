@@ -1,5 +1,6 @@
 """Tune's state is whole or not there, and a damaged one is named."""
 
+import gc
 import json
 import pickle
 from pathlib import Path
@@ -22,6 +23,16 @@ def test_a_file_is_the_old_one_until_the_new_one_is_whole(tmp_path: Path) -> Non
     stream.close()
     assert path.read_text() == "new" and files.open_input_stream(str(path)).read() == b"new"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_is_given_up_halfway_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    path.write_text("old")
+    stream = whole_files().open_output_stream(str(path))
+    stream.write(b"ha")
+    del stream
+    gc.collect()
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
 def test_state_that_a_disk_has_lost_some_of_is_named(tmp_path: Path) -> None:
