@@ -148,7 +148,8 @@ def open_ground(
         limit = source.longest_row(entry if entry.exists() else origin.path, job.model)
         data = prepare(job.data, tokenizer, cache_dir / "data", limit)
     observer.emit("data", summary=data.summary())
-    if limit is not None and limit < job.data.max_length:
+    shortened = limit is not None and limit < job.data.max_length
+    if shortened and (data.counts.cut or data.counts.dropped):
         say(f"The model takes {limit} tokens, so that is the data's max_length")
     # Whether it fits is known in seconds too.
     with world.together():
