@@ -41,7 +41,8 @@ test-memory: $(VENV)/.model ## What `plan` promises beside what real steps take,
 	$(BIN)/python -m pytest tests/integration -m "memory and not gpu and not cluster" -q
 
 test-cluster: $(VENV)/.model ## Several nodes on this machine, and faults of every kind
-	$(BIN)/python -m pytest tests/integration -m cluster $(TWO) -q
+	$(BIN)/python -m pytest tests/integration -m "cluster and not memory" $(TWO) -q
+	$(BIN)/python -m pytest tests/integration -m "cluster and memory" -q
 
 test-unit: $(VENV)/.ready ## Unit tests alone
 	$(BIN)/python -m pytest tests/unit -m "not gpu" -q
