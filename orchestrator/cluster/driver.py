@@ -11,6 +11,8 @@ from typing import Any
 
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 from orchestrator import allocator
 from orchestrator.cluster.elastic import LivingNodes
@@ -199,6 +201,22 @@ def _loop_config(
     }
 
 
+class _Trainer(TorchTrainer):  # type: ignore[misc]
+    """Without the actors that no run of ours needs, each a process that wakes all the time.
+
+    One deals out sets of `ray.data`; one removes placement groups that a controller left behind,
+    and a Ray that ends with the command leaves none.
+    """
+
+    own: bool
+
+    def _create_default_callbacks(self) -> list[Any]:
+        unneeded: tuple[type, ...] = (DatasetsCallback,)
+        if self.own:
+            unneeded += (PlacementGroupCleanerCallback,)
+        return [c for c in super()._create_default_callbacks() if not isinstance(c, unneeded)]
+
+
 def _trainer(
     job: JobConfig,
     run_dir: Path,
@@ -207,7 +225,7 @@ def _trainer(
     work: Callable[[dict[str, Any]], Any],
     config: dict[str, Any],
 ) -> TorchTrainer:
-    return TorchTrainer(
+    trainer = _Trainer(
         work,
         train_loop_config=config,
         # Workers agree over gloo; where they have GPUs they sum gradients in a group of NCCL's.
@@ -229,6 +247,8 @@ def _trainer(
             worker_runtime_env={} if plan.gpus else {"env_vars": allocator.settings(os.environ)},
         ),
     )
+    trainer.own = config["own"]
+    return trainer
 
 
 def _failure(job: JobConfig, error: ray.train.TrainingFailedError) -> str:
