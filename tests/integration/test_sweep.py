@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -295,7 +296,8 @@ def test_who_interrupts_twice_waits_for_nothing_and_goes_on_later(
         process.send_signal(signal.SIGINT)
         time.sleep(1)
     ended = commands.wait(process)
-    engine.kill()
+    with suppress(psutil.NoSuchProcess):
+        engine.kill()
     assert ended.status == 130 and ended.result["status"] == "interrupted"
     assert not psutil.wait_procs(family, timeout=30)[1]
     ended = commands.run("sweep", job, "--json")
