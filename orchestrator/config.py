@@ -278,7 +278,9 @@ class TrackingConfig(_Section):
     """Register the adapter under this name; alias `champion` marks the best by eval loss."""
 
 
-_RANGE_KINDS = ("choice", "grid", "uniform", "loguniform", "int", "logint")
+LISTED_KINDS = ("choice", "grid")
+"""Of a search space: kinds that list their values; the others give the ends of a range."""
+_KINDS = (*LISTED_KINDS, "uniform", "loguniform", "int", "logint")
 
 
 def _points(value: Any) -> Any:
@@ -289,16 +291,12 @@ def _search_space(value: Any) -> Any:
     if not isinstance(value, dict):
         raise ValueError("give a mapping such as {lora.rank: {choice: [8, 16]}}")
     for key, domain in value.items():
-        if not (
-            isinstance(domain, dict) and len(domain) == 1 and next(iter(domain)) in _RANGE_KINDS
-        ):
-            raise ValueError(
-                f"{key}: give one of {', '.join(_RANGE_KINDS)}, such as {{choice: [8, 16]}}"
-            )
+        if not (isinstance(domain, dict) and len(domain) == 1 and next(iter(domain)) in _KINDS):
+            raise ValueError(f"{key}: give one of {', '.join(_KINDS)}, such as {{choice: [8, 16]}}")
         kind, bounds = next(iter(domain.items()))
         if not isinstance(bounds, list) or not bounds:
             raise ValueError(f"{key}: {kind} takes a list of values")
-        if kind not in ("choice", "grid"):
+        if kind not in LISTED_KINDS:
             numbers = all(isinstance(b, (int, float)) and not isinstance(b, bool) for b in bounds)
             if not (len(bounds) == 2 and numbers and bounds[0] < bounds[1]):
                 raise ValueError(f"{key}: {kind} takes [low, high] with low below high")

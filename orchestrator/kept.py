@@ -57,9 +57,10 @@ def check_run(job: JobConfig, place: Place) -> None:
     """
     if _holds_sweep(place.folder):
         raise RefusedError(_of_another_kind(job, place.name, "sweep", "fine-tune"))
-    if place.begun() or _holds_steps(place.folder):
+    trained = _last_step(place.folder)
+    if place.begun() or trained:
         _check_same(job, place.folder, place.name, changed_keys)
-        _check_length(job, place)
+        _check_length(job, place.name, trained)
 
 
 def check_sweep(job: JobConfig, run_dir: Path) -> None:
@@ -70,7 +71,7 @@ def check_sweep(job: JobConfig, run_dir: Path) -> None:
     """
     if _holds_sweep(run_dir):
         _check_same(job, run_dir, str(run_dir), changed_sweep_keys)
-    elif (run_dir / "checkpoints").exists() or _holds_steps(run_dir):
+    elif (run_dir / "checkpoints").exists() or _last_step(run_dir):
         raise RefusedError(_of_another_kind(job, str(run_dir), "fine-tune", "sweep"))
 
 
@@ -94,12 +95,12 @@ def _check_same(
         )
 
 
-def _check_length(job: JobConfig, place: Place) -> None:
-    """What was trained is not undone by asking for less."""
-    most, trained = job.training.max_steps, _last_step(place.folder)
+def _check_length(job: JobConfig, name: str, trained: int) -> None:
+    """What was trained is not undone by asking for less; of epochs the data decides later."""
+    most = job.training.max_steps
     if most is not None and trained > most:
         raise RefusedError(
-            f"training.max_steps is {most}, but {place.name} has trained {trained} steps already. "
+            f"training.max_steps is {most}, but {name} has trained {trained} steps already. "
             "Give as many, or another name"
         )
 
@@ -115,11 +116,8 @@ def _holds_sweep(run_dir: Path) -> bool:
     return (run_dir / "trials").exists() or (run_dir / ".tune").exists()
 
 
-def _holds_steps(run_dir: Path) -> bool:
-    return _last_step(run_dir) > 0
-
-
 def _last_step(run_dir: Path) -> int:
+    """The highest step in a journal; 0 where there is none."""
     path = journal_path(run_dir)
     events = [event for event, _ in read_events(path)] if path.exists() else []
     return max((event["step"] for event in events if event["event"] == "step"), default=0)

@@ -208,11 +208,9 @@ class _Trainer(TorchTrainer):  # type: ignore[misc]
     and a Ray that ends with the command leaves none.
     """
 
-    own: bool
-
     def _create_default_callbacks(self) -> list[Any]:
         unneeded: tuple[type, ...] = (DatasetsCallback,)
-        if self.own:
+        if self.train_loop_config["own"]:
             unneeded += (PlacementGroupCleanerCallback,)
         return [c for c in super()._create_default_callbacks() if not isinstance(c, unneeded)]
 
@@ -225,7 +223,7 @@ def _trainer(
     work: Callable[[dict[str, Any]], Any],
     config: dict[str, Any],
 ) -> TorchTrainer:
-    trainer = _Trainer(
+    return _Trainer(
         work,
         train_loop_config=config,
         # Workers agree over gloo; where they have GPUs they sum gradients in a group of NCCL's.
@@ -247,8 +245,6 @@ def _trainer(
             worker_runtime_env={} if plan.gpus else {"env_vars": allocator.settings(os.environ)},
         ),
     )
-    trainer.own = config["own"]
-    return trainer
 
 
 def _failure(job: JobConfig, error: ray.train.TrainingFailedError) -> str:

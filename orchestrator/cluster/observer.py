@@ -13,7 +13,7 @@ from orchestrator.tracking.observer import JournalObserver, StopOnly
 from orchestrator.tracking.system import SystemSampler
 
 # event field: metric, what it says
-_GAUGES = {
+_OF_A_STEP = {
     "step": ("orchestrator_step", "Optimizer steps done"),
     "loss": ("orchestrator_loss", "Training loss of the last step, nats per token"),
     "tokens_per_second": ("orchestrator_tokens_per_second", "Tokens per second, all workers"),
@@ -22,6 +22,9 @@ _GAUGES = {
         "orchestrator_collective_seconds",
         "Seconds of the last step in the collective, on the leading worker",
     ),
+}
+_GAUGES = {
+    **_OF_A_STEP,
     # No counter: one of a new process begins at 0, where no increase is seen.
     "restarts": ("orchestrator_restarts", "Starts of the run's workers after the first"),
 }
@@ -91,7 +94,7 @@ class Shown(JournalObserver):
         """Append one event, and show it to who watches Ray."""
         super().emit(event, **fields)
         if event == "step":
-            self._values |= {field: fields[field] for field in _GAUGES if field in fields}
+            self._values |= {field: fields[field] for field in _OF_A_STEP}
             shown = {field: fields[field] for field in _LOGGED}
             self._log.info(json.dumps({"run": self._name, **shown}))
         elif event == "warning":

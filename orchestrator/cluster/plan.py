@@ -28,8 +28,10 @@ class Resources:
         named = {"CPU": self.cpus, "GPU": self.gpus}
         return {name: amount for name, amount in named.items() if amount}
 
-    def or_more(self, other: "Resources") -> "Resources":
-        """The larger amount of each."""
+    def or_more(self, other: "Resources | None") -> "Resources":
+        """The larger amount of each, where there is another."""
+        if other is None:
+            return self
         return Resources(max(self.cpus, other.cpus), max(self.gpus, other.gpus))
 
 
@@ -93,9 +95,7 @@ def plan_workers(
         RefusedError: the job asks for more than the cluster can ever have.
     """
     here = total(nodes)
-    reach = (
-        here if most is None else Resources(max(here.cpus, most.cpus), max(here.gpus, most.gpus))
-    )
+    reach = here.or_more(most)
     worker = Resources(config.cpus_per_worker, _gpus_per_worker(config, reach.gpus))
     workers = _workers(config, worker.gpus, nodes, reach)
     least = workers if isinstance(workers, int) else workers[0]

@@ -57,6 +57,18 @@ def template_kind(tokenizer: Any) -> str:
     return "model" if tokenizer.chat_template else "plain"
 
 
+def chat_template(tokenizer: Any) -> str | None:
+    """The tokenizer's own chat template, if it brings one.
+
+    Raises:
+        DataError: it has several, and none is the default.
+    """
+    try:
+        return tokenizer.get_chat_template() if tokenizer.chat_template else None
+    except ValueError as error:
+        raise DataError(f"model.base: its chat template cannot be chosen: {error}") from error
+
+
 class Renderer:
     """Renders rows for one tokenizer.
 
@@ -71,10 +83,7 @@ class Renderer:
         self._ends_of_turn: dict[str | None, str] = {}
         # By the roles of a conversation: the first turn that the template leaves out of it.
         self._left_out: dict[tuple[str, ...], int | None] = {}
-        try:
-            self._template = tokenizer.get_chat_template() if tokenizer.chat_template else None
-        except ValueError as error:
-            raise DataError(f"model.base: its chat template cannot be chosen: {error}") from error
+        self._template = chat_template(tokenizer)
 
     def render(self, row: Chat | Text) -> Rendered:
         """Render a row.

@@ -181,21 +181,25 @@ def _alpaca(row: Mapping[str, Any]) -> Chat:
 
 def _history(row: Mapping[str, Any]) -> list[Turn]:
     """Earlier questions and answers, as a list of pairs; in CSV as JSON. An empty one is none."""
-    turns: list[Turn] = []
     history = row.get("history")
     if _absent(history):
-        return turns
+        return []
     if isinstance(history, str):
         try:
             history = json.loads(history)
         except ValueError:
             history = None
-    for pair in history if isinstance(history, (list, tuple)) else (None,):
-        if not isinstance(pair, (list, tuple)) or [type(text) for text in pair] != [str, str]:
-            raise BadRowError("column history is no list of pairs of question and answer")
+    if not isinstance(history, (list, tuple)) or not all(map(_is_pair, history)):
+        raise BadRowError("column history is no list of pairs of question and answer")
+    turns = []
+    for pair in history:
         question, answer = (_unicode(text, "column history") for text in pair)
         turns += [Turn("user", question), Turn("assistant", answer, bool(answer.strip()))]
     return turns
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and [type(text) for text in value] == [str, str]
 
 
 def _question_answer(row: Mapping[str, Any]) -> Chat:

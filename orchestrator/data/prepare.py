@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from orchestrator.config import DataConfig, Source
 from orchestrator.data import encoding
-from orchestrator.data.chat import Rendered, Renderer, template_kind
+from orchestrator.data.chat import Rendered, Renderer, chat_template, template_kind
 from orchestrator.data.dataset import Counts, DatasetWriter, EncodedDataset, read_record
 from orchestrator.data.encoding import Example
 from orchestrator.data.formats import FORMATS, BadRowError, check_columns, detect, rename
@@ -362,26 +362,16 @@ def _tokenizer_digest(tokenizer: Any) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab())
     special = {name: str(value) for name, value in tokenizer.special_tokens_map.items()}
+    # One that was saved and loaded again has other ends of lines.
+    template = chat_template(tokenizer)
     return _digest(
         {
             "kind": type(tokenizer).__name__,
             "rules": rules,
-            "template": _template(tokenizer),
+            "template": template and template.replace("\r\n", "\n"),
             "special": special,
         }
     )
-
-
-def _template(tokenizer: Any) -> str | None:
-    """The chat template, alike for a tokenizer and for one that was saved and loaded again."""
-    if not tokenizer.chat_template:
-        return None
-    try:
-        chosen: str = tokenizer.get_chat_template()
-    except ValueError:
-        # None of several is the default, which whoever renders with it refuses.
-        return json.dumps(tokenizer.chat_template, sort_keys=True)
-    return chosen.replace("\r\n", "\n")
 
 
 def _digest(content: dict[str, Any]) -> str:

@@ -179,8 +179,8 @@ def _wrapped(content: dict[str, Any]) -> list[Any]:
     list of objects describes them.
     """
     lists = [value for value in content.values() if _may_hold_rows(value)]
-    fitting = [f.name for f in FORMATS.values() if set(f.required) <= content.keys()]
-    is_row = (fitting == ["text"] and not lists) or any(name != "text" for name in fitting)
+    formats = [format for format in FORMATS.values() if format.name != "text"]
+    is_row = any(set(format.required) <= content.keys() for format in formats)
     return [content] if is_row or len(lists) != 1 else lists[0]
 
 

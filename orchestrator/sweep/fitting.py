@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from orchestrator.config import JobConfig, SweepConfig
+from orchestrator.config import LISTED_KINDS, JobConfig, SweepConfig
 from orchestrator.errors import RefusedError
 from orchestrator.sweep.space import holds, with_params
 
@@ -52,7 +52,7 @@ def _fitting(
         return domain
     if not kept:
         raise RefusedError(f"sweep.search_space.{key}: no value fits. {why}")
-    if kind in ("choice", "grid"):
+    if kind in LISTED_KINDS:
         left = [value for value in values if value not in kept]
         say(f"sweep.search_space.{key}: {', '.join(map(str, left))} left out. {why}")
         return {kind: kept}

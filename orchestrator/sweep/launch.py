@@ -83,10 +83,9 @@ class RunningEngine:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        hurried = kind is KeyboardInterrupt
+        patience = _HURRIED_SECONDS if kind is KeyboardInterrupt else _END_SECONDS
         # Whoever leaves Ray while the engine still starts would start Ray anew from its thread.
         with suppress(ray.exceptions.RayError, TimeoutError):
-            timeout = _HURRIED_SECONDS if hurried else _ANSWER_SECONDS
-            ray.get(self.desk.close.remote(None), timeout=timeout)
-        self._run.wait(_HURRIED_SECONDS if hurried else _END_SECONDS)
+            ray.get(self.desk.close.remote(None), timeout=patience)
+        self._run.wait(patience)
         ray.kill(self.desk)

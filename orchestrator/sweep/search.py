@@ -7,15 +7,13 @@ from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, PopulationBasedTraining
 from ray.tune.search import BasicVariantGenerator
 
-from orchestrator.config import JobConfig, SweepConfig
-from orchestrator.sweep.space import grid_order, most_steps
+from orchestrator.config import LISTED_KINDS, JobConfig, SweepConfig
+from orchestrator.sweep.space import PBT_KEY, grid_order, most_steps
 
 # Li et al. 2020, "A System for Massively Parallel Hyperparameter Tuning", use 4; 3 is milder.
 _REDUCTION = 3
 # Rungs beyond the trials' real end are never reached.
 _ENDLESS = 10**6
-# What PBT changes on the way.
-_RATE = "training.learning_rate"
 
 
 def param_space(sweep: SweepConfig) -> dict[str, Any]:
@@ -50,26 +48,26 @@ def scheduler(job: JobConfig, sweep: SweepConfig) -> Any:
             **common, grace_period=every, max_t=total_steps, reduction_factor=_REDUCTION
         )
     if sweep.scheduler == "pbt":
-        domain = sweep.search_space[_RATE]
+        domain = sweep.search_space[PBT_KEY]
         kind, values = next(iter(domain.items()))
-        listed = kind in ("choice", "grid")
+        listed = kind in LISTED_KINDS
         # Of a list Tune takes a neighbour; a range's value it multiplies, beyond the ends too.
         return PopulationBasedTraining(
             **common,
             perturbation_interval=every,
-            hyperparam_mutations={_RATE: list(values) if listed else _domain(sweep, domain)},
+            hyperparam_mutations={PBT_KEY: list(values) if listed else _domain(sweep, domain)},
             custom_explore_fn=None if listed else partial(_within, *values),
         )
     return FIFOScheduler()
 
 
 def _within(low: float, high: float, config: dict[str, Any]) -> dict[str, Any]:
-    return {**config, _RATE: min(max(config[_RATE], low), high)}
+    return {**config, PBT_KEY: min(max(config[PBT_KEY], low), high)}
 
 
 def _domain(sweep: SweepConfig, domain: dict[str, list[Any]]) -> Any:
     kind, values = next(iter(domain.items()))
-    if kind in ("choice", "grid"):
+    if kind in LISTED_KINDS:
         if sweep.searcher != "grid":
             return tune.choice(list(values))
         return tune.grid_search(grid_order(sweep, values))

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from orchestrator.config import JobConfig, SweepConfig
+from orchestrator.config import LISTED_KINDS, JobConfig, SweepConfig
 from orchestrator.errors import JobFileError, RefusedError
 from orchestrator.jobfile import job_from_mapping
 
@@ -20,6 +20,8 @@ _OF_THE_PASS = ("training.tokens_per_pass", "training.gradient_checkpointing")
 _NOT_SEARCHED = ("name", "output_dir", "tracking", "cluster", "sweep", "evaluation", "checkpoint")
 # Of all keys' values so many pairs are tried; a trial of another that is bad fails by itself.
 _MOST_PAIRS = 2048
+PBT_KEY = "training.learning_rate"
+"""What a population changes on the way."""
 # PBT goes on from any trial's evaluation, so none of their checkpoints may go.
 _ALL_CHECKPOINTS = 10**6
 
@@ -67,7 +69,7 @@ def check(job: JobConfig) -> SweepConfig:
 def holds(domain: Mapping[str, list[Any]], value: Any) -> bool:
     """Whether a key's domain has a value."""
     kind, values = next(iter(domain.items()))
-    if kind in ("choice", "grid"):
+    if kind in LISTED_KINDS:
         return value in values
     return isinstance(value, (int, float)) and values[0] <= value <= values[1]
 
@@ -203,7 +205,7 @@ def _check_metric(job: JobConfig, sweep: SweepConfig) -> None:
 
 def _check_searcher(sweep: SweepConfig) -> None:
     if sweep.searcher == "grid":
-        ranges = [k for k, d in sweep.search_space.items() if not {"choice", "grid"} & set(d)]
+        ranges = [k for k, d in sweep.search_space.items() if not d.keys() & set(LISTED_KINDS)]
         if ranges:
             raise RefusedError(
                 f"sweep.searcher: grid needs listed values; {', '.join(ranges)} is a range"
@@ -217,8 +219,8 @@ def _check_searcher(sweep: SweepConfig) -> None:
         if sweep.points:
             raise RefusedError("sweep.points: a grid tries every point anyway; leave them out")
     if sweep.scheduler == "pbt":
-        if "training.learning_rate" not in sweep.search_space:
-            raise RefusedError("sweep.scheduler: pbt changes training.learning_rate; search it")
+        if PBT_KEY not in sweep.search_space:
+            raise RefusedError(f"sweep.scheduler: pbt changes {PBT_KEY}; search it")
         if sweep.searcher == "grid":
             raise RefusedError("sweep.scheduler: pbt goes with searcher random or optuna")
     if sweep.placement == "shared" and not _can_share(sweep):

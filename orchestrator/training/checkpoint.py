@@ -38,7 +38,7 @@ def write(folder: Path, checkpoint: Checkpoint) -> Path:
     Raises:
         CheckpointError: the storage refuses it (full, read-only, gone).
     """
-    target = folder / f"step-{checkpoint.step:08d}"
+    target = folder / _name(checkpoint.step)
     beside = folder / f".{target.name}.{os.getpid()}"
     try:
         shutil.rmtree(beside, ignore_errors=True)
@@ -85,7 +85,7 @@ def read(folder: Path, step: int) -> Checkpoint:
     Raises:
         CheckpointError: it is not there or damaged.
     """
-    return read_path(folder / f"step-{step:08d}")
+    return read_path(folder / _name(step))
 
 
 def read_path(path: Path) -> Checkpoint:
@@ -105,9 +105,8 @@ def prune(folder: Path, step: int, keep: int, best_step: int | None) -> None:
 
     Those of later steps than the present one are damaged and were passed over: they do not count.
     """
-    present = f"step-{step:08d}"
-    paths = sorted((p for p in folder.glob("step-*") if p.name <= present), reverse=True)
-    best = None if best_step is None else folder / f"step-{best_step:08d}"
+    paths = sorted((p for p in folder.glob("step-*") if p.name <= _name(step)), reverse=True)
+    best = None if best_step is None else folder / _name(best_step)
     for path in paths[keep:]:
         if path != best:
             shutil.rmtree(path, ignore_errors=True)
@@ -118,8 +117,13 @@ def prune(folder: Path, step: int, keep: int, best_step: int | None) -> None:
 def forget_after(folder: Path, step: int) -> None:
     """Delete the checkpoints of later steps."""
     for path in folder.glob("step-*"):
-        if path.name > f"step-{step:08d}":
+        if path.name > _name(step):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _name(step: int) -> str:
+    """Names sort as steps do."""
+    return f"step-{step:08d}"
 
 
 def _read(path: Path) -> Checkpoint:

@@ -210,7 +210,9 @@ class Host:
 
     def _can_evaluate_beside(self, names: list[str]) -> bool:
         held_out = self._ground.data.validation
-        return held_out is not None and self._lanes.hold(len(names), int(held_out.lengths.max()))
+        if held_out is None or len(names) < 2:
+            return False
+        return self._lanes.hold(len(names), int(held_out.lengths.max()))
 
     def _eval_losses(self, names: list[str]) -> dict[str, Future[float]]:
         """The eval losses of several at once."""

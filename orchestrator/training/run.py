@@ -145,7 +145,8 @@ def open_ground(
         tokenizer = store.tokenizer(origin, job.quantization, dtype, bases_dir)
         # The 4-bit base has the model's config as well, and it is read faster.
         entry = bases_dir / store.entry_key(origin, job.quantization, dtype)
-        limit = source.longest_row(entry if entry.exists() else origin.path, job.model)
+        described = entry if entry.exists() else origin.path
+        limit = source.longest_row(described, job.model)
         data = prepare(job.data, tokenizer, cache_dir / "data", limit)
     observer.emit("data", summary=data.summary())
     shortened = limit is not None and limit < job.data.max_length
@@ -153,7 +154,7 @@ def open_ground(
         say(f"The model takes {limit} tokens, so that is the data's max_length")
     # Whether it fits is known in seconds too.
     with world.together():
-        model = _config_at(job.model, entry if entry.exists() else origin.path)
+        model = _config_at(job.model, described)
         lengths = data.train.lengths
         chosen = budget.decide(job, model, lengths, device, world, trials, observer)
     chosen = budget.agree(chosen, world)

@@ -28,7 +28,9 @@ class Trained:
     joined: bool = True
 
 
-def sweep_job(folder: Path, space: Mapping[str, Any] = SPACE, **sweep: Any) -> JobConfig:
+def sweep_job(
+    folder: Path, space: Mapping[str, Any] = SPACE, *, max_steps: int = 6, **sweep: Any
+) -> JobConfig:
     """A sweep's job whose runs lie in a folder."""
     return job_from_mapping(
         {
@@ -36,7 +38,7 @@ def sweep_job(folder: Path, space: Mapping[str, Any] = SPACE, **sweep: Any) -> J
             "output_dir": str(folder / "runs"),
             "model": {"base": "some/model"},
             "data": {"train": "train.jsonl"},
-            "training": {"max_steps": 6},
+            "training": {"max_steps": max_steps},
             "tracking": {"registered_model": "searched"},
             "sweep": {"search_space": {k: dict(v) for k, v in space.items()}, **sweep},
         }

@@ -1,5 +1,6 @@
 """What Ray Tune is told of a job's sweep."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,22 +9,14 @@ from ray.tune.schedulers.pbt import _explore
 from orchestrator.cluster.plan import Resources
 from orchestrator.cluster.session import Session
 from orchestrator.config import JobConfig
-from orchestrator.jobfile import job_from_mapping
 from orchestrator.sweep import places, search
+from tests.unit.sweeps import sweep_job
 
 RATE = "training.learning_rate"
 
 
 def _job(search_space: dict[str, Any], **sweep: Any) -> JobConfig:
-    return job_from_mapping(
-        {
-            "name": "s",
-            "model": {"base": "b"},
-            "data": {"train": "t.jsonl"},
-            "training": {"max_steps": 50},
-            "sweep": {"search_space": search_space, **sweep},
-        }
-    )
+    return sweep_job(Path("there"), search_space, max_steps=50, **sweep)
 
 
 @pytest.mark.parametrize(

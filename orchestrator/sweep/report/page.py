@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from orchestrator.config import JobConfig, SweepConfig
+from orchestrator.config import LISTED_KINDS, JobConfig, SweepConfig
 from orchestrator.sweep.outcome import Outcome
 from orchestrator.sweep.report import table
 from orchestrator.sweep.words import counted, duration, measured, metric_name, short_labels, shown
@@ -181,7 +181,7 @@ def _cell(value: Any) -> Cell:
 
 def _domain(domain: dict[str, list[Any]]) -> str:
     kind, values = next(iter(domain.items()))
-    if kind in ("choice", "grid"):
+    if kind in LISTED_KINDS:
         return _DOMAINS[kind].format(", ".join(shown(value) for value in values))
     return _DOMAINS[kind].format(*map(shown, values))
 
