@@ -64,10 +64,12 @@ class Delivery:
             run_dir: holds the journal.
             say: is told what the user should know.
             patient: try until `close`; otherwise end as soon as MLflow is known to be away.
-            parent: id of the sweep's run that a trial's is nested in.
+            parent: id of the sweep's run that a trial's is nested in. The sweep's own delivery says
+                for all of its trials when MLflow is away.
         """
         self._job, self._run_dir, self._say, self._patient = job, run_dir, say, patient
         self._parent = parent
+        self._store = redact(tracking_uri(job))
         self._cursor: Cursor | None = None
         self._replay: Any = None
         self._closing = threading.Event()
@@ -122,7 +124,7 @@ class Delivery:
         # Where another delivery of this run holds the lock, its cursor tells what is done.
         cursor = self._cursor or Cursor.peek(self._run_dir)
         pending = count_pending(self._run_dir, cursor)
-        if pending:
+        if pending and self._parent is None:
             self._say(
                 f"{pending} events of {self._job.name} wait in {journal_path(self._run_dir)} for "
                 "MLflow; the next command over this output_dir delivers them"
@@ -186,8 +188,8 @@ class Delivery:
         """Everything that stands in the journal now."""
         path = journal_path(self._run_dir)
         while path.exists() and time.monotonic() < self._deadline:
-            cursor = self._cursor or Cursor.load(self._run_dir)
-            if path.stat().st_size == cursor.offset:
+            cursor, size = self._cursor or Cursor.load(self._run_dir), path.stat().st_size
+            if cursor.over(self._store, size).offset == size:
                 return
             if self._replay is None:
                 self._replay = self._open(cursor, path)
@@ -209,7 +211,7 @@ class Delivery:
         from orchestrator.tracking.replay import Replay
         from orchestrator.tracking.runs import find_or_create, still_there
 
-        store = redact(tracking_uri(self._job))
+        store = self._store
         cursor = cursor.over(store, path.stat().st_size)
         if cursor.run_id is not None and not still_there(client, cursor.run_id):
             cursor = cursor.afresh(store)
@@ -226,17 +228,18 @@ class Delivery:
         self._failures += 1
         if self._failures >= _FAILURES_BEFORE_WORD and not self._told:
             self._told = True
-            first = first_line(error)
-            self._say(
-                f"MLflow {word} ({redact(first)[:200]}); training goes on, and the journal "
-                "keeps everything for it"
-            )
+            if self._parent is None:
+                self._say(
+                    f"MLflow {word} ({redact(first_line(error))[:200]}); training goes on, and the "
+                    "journal keeps everything for it"
+                )
 
     def _tell_back(self) -> None:
         self._failures = 0
         if self._told and not count_pending(self._run_dir, self._cursor):
             self._told = False
-            self._say("MLflow answers again; what had waited is delivered")
+            if self._parent is None:
+                self._say("MLflow answers again; what had waited is delivered")
 
 
 def deliver_pending(job: JobConfig, run_dir: Path, say: Say, timeout: float) -> None:

@@ -21,14 +21,19 @@ def earlier_job(folder: Path, job: JobConfig) -> JobConfig:
     earlier = _read(folder / "job.yaml")
     kept, own = earlier.tracking.uri, job.tracking.uri
     if own is not None and kept in (own, redact(own)):
-        tracking = earlier.tracking.model_copy(update={"uri": own})
-        return earlier.model_copy(update={"tracking": tracking})
+        return in_store(earlier, own)
     if kept is not None and "***" in kept:
         raise OrchestratorError(
             f"Events of {earlier.name} wait for MLflow at {kept}; run that job's own command "
             "again to deliver them, for its password is kept nowhere"
         )
     return earlier
+
+
+def in_store(job: JobConfig, uri: str) -> JobConfig:
+    """The job with another MLflow store."""
+    tracking = job.tracking.model_copy(update={"uri": uri})
+    return job.model_copy(update={"tracking": tracking})
 
 
 def is_finished(journal: Path) -> bool:

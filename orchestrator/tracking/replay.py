@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 
 from orchestrator.config import JobConfig
+from orchestrator.errors import OrchestratorError
 from orchestrator.tracking import registry, report, runs, values
 from orchestrator.tracking.cursor import Cursor
+from orchestrator.tracking.earlier import earlier_job
 from orchestrator.tracking.journal import journal_path, read_events
 from orchestrator.tracking.secrets import redact
 
@@ -91,6 +94,9 @@ class Replay:
         )
         if "dataset" in event:
             self._log_dataset(event["dataset"])
+        with suppress(OrchestratorError):
+            # A population's trial starts again as another.
+            self._log_parameters(values.parameters(earlier_job(self._run_dir, self._job)))
         shown = {name: values.text(value) for name, value in environment.items()}
         self._client.log_dict(self._run_id, shown, "environment.json")
         self._log_job_file()

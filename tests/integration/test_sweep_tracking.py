@@ -3,6 +3,7 @@
 import json
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,14 @@ from mlflow.entities import Run
 from orchestrator.config import JobConfig
 from orchestrator.jobfile import dump_job
 from orchestrator.sweep.finish import conclude, settle
+from orchestrator.sweep.space import trial_job
+from orchestrator.tracking.cursor import Cursor
 from orchestrator.tracking.delivery import Delivery, deliver_pending
+from orchestrator.tracking.earlier import in_store
 from orchestrator.tracking.observer import JournalObserver
+from orchestrator.tracking.store import tracking_uri
 from orchestrator.tracking.trials import TrialDeliveries
-from tests.integration.conftest import SECONDS, wait_until
+from tests.integration.conftest import SECONDS, free_port, wait_until
 from tests.unit.sweeps import Trained, sweep_job, write_trials
 
 TRIALS = [
@@ -54,6 +59,14 @@ def _finish(job: JobConfig) -> Callable[[Delivery], str]:
                 job, job.run_dir, {}, observer, lambda: delivery.catch_up(SECONDS).model_version
             )
         return "finished"
+
+    return end
+
+
+def _interrupt(job: JobConfig) -> Callable[[Delivery], str]:
+    def end(delivery: Delivery) -> str:
+        settle(job.run_dir, "interrupted")
+        return "interrupted"
 
     return end
 
@@ -145,11 +158,7 @@ def test_the_trials_are_an_mlflow_table(tmp_path: Path, monkeypatch: pytest.Monk
 def test_an_interrupted_sweeps_trials_are_killed_and_run_again(tmp_path: Path) -> None:
     job = _sweep(tmp_path, TRIALS)
 
-    def interrupt(delivery: Delivery) -> str:
-        settle(job.run_dir, "interrupted")
-        return "interrupted"
-
-    client = _deliver(job, interrupt)
+    client = _deliver(job, _interrupt(job))
     parent, nested = _runs(client)
     assert parent.info.status == nested["abc_00004"].info.status == "KILLED"
     assert nested["abc_00004"].data.tags["state"] == "interrupted"
@@ -190,3 +199,58 @@ def test_trials_that_wait_for_mlflow_are_delivered_by_the_next_command(tmp_path:
     assert parent.info.run_name == "search" and said == []
     states = ["FINISHED", "FINISHED", "FINISHED", "FAILED"]
     assert [nested[f"abc_{number:05d}"].info.status for number in range(4)] == states
+
+
+def test_a_sweep_that_goes_on_in_another_store_has_all_its_trials_there(tmp_path: Path) -> None:
+    job = _sweep(tmp_path, TRIALS)
+    _deliver(job, _interrupt(job))
+    moved = in_store(job, f"sqlite:///{tmp_path / 'other.db'}")
+    _deliver(moved, _finish(moved))
+    _, nested = _runs(MlflowClient(tracking_uri(moved)))
+    assert {name: run.data.tags["state"] for name, run in nested.items()} == {
+        **{f"abc_{number:05d}": "finished" for number in (0, 2)},
+        **{f"abc_{number:05d}": "interrupted" for number in (4, 5)},
+        **{"abc_00001": "stopped", "abc_00003": "failed"},
+    }
+
+
+def test_a_trial_that_becomes_another_one_shows_its_new_values(tmp_path: Path) -> None:
+    """Population based training: the parameters of its run stay, and a tag says what changed."""
+    job = _sweep(tmp_path, TRIALS[:1])
+    folder = job.run_dir / "trials" / "abc_00000"
+
+    def become(delivery: Delivery) -> str:
+        wait_until(lambda: Cursor.peek(folder) is not None, "the trial's delivery has begun")
+        params = {**TRIALS[0].params, "training.learning_rate": 3e-3}
+        other = trial_job(job, folder.name, folder.parent, params, tracking_uri(job))
+        (folder / "job.yaml").write_text(dump_job(other))
+        with JournalObserver(folder) as observer:
+            observer.emit("start", resumed_from=4, total_steps=6)
+            observer.emit("finish", status="stopped", error=None)
+        return "stopped"
+
+    _, nested = _runs(_deliver(job, become))
+    data = nested["abc_00000"].data
+    assert data.tags["changed.training.learning_rate"] == "0.003"
+    assert data.params["lora.rank"] == "4" and "changed.lora.rank" not in data.tags
+
+
+def test_that_mlflow_is_away_is_said_once_for_a_whole_sweep(tmp_path: Path) -> None:
+    job = in_store(_sweep(tmp_path, TRIALS), f"http://127.0.0.1:{free_port()}")
+    said: list[str] = []
+    delivery = Delivery(job, job.run_dir, said.append)
+    trials = TrialDeliveries(job, job.run_dir, said.append)
+    with JournalObserver(job.run_dir) as observer:
+        observer.emit("places", places=2)
+    # As of a command before, for which MLflow was there.
+    replace(Cursor.load(job.run_dir), run_id="a", store=tracking_uri(job)).save(job.run_dir)
+    delivery.start()
+    trials.start()
+    wait_until(lambda: delivery.away, "the user is told")
+    delivery.close(1.0)
+    trials.close(1.0)
+    assert [("goes on" in line, "wait in" in line) for line in said] == [
+        (True, False),
+        (False, True),
+        (False, True),
+    ]
