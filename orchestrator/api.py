@@ -126,8 +126,9 @@ def _sweep(
     quiet_libraries()
     from orchestrator.sweep import driver
     from orchestrator.sweep.finish import conclude, results, settle
+    from orchestrator.sweep.outcome import spent_seconds
 
-    began = time.monotonic()
+    began = time.monotonic() - spent_seconds(run_dir)
     delivery, trials = Delivery(job, run_dir, say), TrialDeliveries(job, run_dir, say)
     delivery.start()
     trials.start()

@@ -331,9 +331,13 @@ class SweepConfig(_Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _fast_is_better(cls, content: Any) -> Any:
-        if isinstance(content, dict) and content.get("metric") == "tokens_per_second":
-            return {"mode": "max", **content}
+    def _depending_defaults(cls, content: Any) -> Any:
+        if not isinstance(content, dict):
+            return content
+        if content.get("metric") == "tokens_per_second":
+            content = {"mode": "max", **content}
+        if content.get("scheduler") == "pbt":
+            content = {"searcher": "random", **content}
         return content
 
 

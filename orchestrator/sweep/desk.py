@@ -13,6 +13,9 @@ import ray
 
 from orchestrator.training.membership import Member, Wishes
 
+# A trial that waits asks again every twenty seconds.
+_SILENT_SECONDS = 180.0
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -34,6 +37,7 @@ class Desk:
         self._ended: dict[str, str] = {}
         self._reports: dict[str, list[dict[str, Any]]] = {}
         self._failures: dict[str, str] = {}
+        self._asked: dict[str, float] = {}
         self._closed = self._gone = False
         self._best: Path | None = None
         self._changed = asyncio.Condition()
@@ -42,10 +46,11 @@ class Desk:
         """Want a trial trained to its next evaluation; wait for it, at most so long."""
         if name not in self._failures:
             before = self._members.get(name)
-            if before is not None and before.generation != member.generation:
+            if before is not None and not member.goes_on(before):
                 # It goes on from elsewhere: what came of it before is not what it waits for.
                 self._reports.pop(name, None)
             self._members[name] = member
+            self._asked[name] = asyncio.get_running_loop().time()
             self._ended.pop(name, None)
         await self._tell()
         loop = asyncio.get_running_loop()
@@ -74,6 +79,11 @@ class Desk:
 
     async def wishes(self) -> Wishes:
         """For the engine: what is wanted now."""
+        now = asyncio.get_running_loop().time()
+        for name in [n for n in self._members if now - self._asked[n] > _SILENT_SECONDS]:
+            # Its process is dead, or it was paused; it says so if it still wants its place.
+            del self._members[name]
+            self._ended[name] = "stopped"
         unheard = tuple(name for name in self._members if name not in self._reports)
         return Wishes(dict(self._members), dict(self._ended), unheard, self._closed, self._best)
 

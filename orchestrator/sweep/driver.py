@@ -119,7 +119,7 @@ def _shared(sweep: _Sweep) -> dict[str, Any]:
         if not tuning.ended:
             engine.result()
             raise OrchestratorError("The engine ended before the trials; see Ray's logs")
-        _disown(sweep.trials_dir, tuning.result())
+        _speak_for(sweep.trials_dir, tuning.result())
         best = sweep.best()
         return engine.close(best and best.folder)
 
@@ -132,7 +132,7 @@ def _isolated(sweep: _Sweep) -> dict[str, Any]:
         if stop_path(sweep.run_dir).exists():
             _stop_engines(sweep.trials_dir)
             raise InterruptedRunError("The sweep was stopped; every trial has its checkpoint")
-    _disown(sweep.trials_dir, tuning.result())
+    _speak_for(sweep.trials_dir, tuning.result())
     best = sweep.best()
     if best is None:
         return {}
@@ -151,17 +151,25 @@ def _tune(sweep: _Sweep, desk: Any) -> Background:
     return Background(tuner.fit)
 
 
-def _disown(trials_dir: Path, found: Any) -> None:
-    """Give a last word to trials that began just before a kill, of which Tune knows nothing."""
-    known = {Path(result.path).name for result in found}
+def _speak_for(trials_dir: Path, found: Any) -> None:
+    """Give a last word to trials that could not say it themselves."""
+    errors = {Path(result.path).name: result.error for result in found}
     for outcome in outcomes(trials_dir):
-        if outcome.trial_id not in known and not outcome.settled:
-            with JournalObserver(outcome.folder) as observer:
-                observer.emit(
-                    "finish",
-                    status="interrupted",
-                    error="The sweep was killed before it had noted this trial; it was not resumed",
-                )
+        if outcome.trial_id not in errors and not outcome.settled:
+            # It began just before a kill, and Tune knows nothing of it.
+            word = ("interrupted", "The sweep was killed before it had noted this trial")
+        elif errors.get(outcome.trial_id) and outcome.status not in ("failed", "finished"):
+            # Tune has tried as often as it may.
+            word = ("failed", _last_line(errors[outcome.trial_id]))
+        else:
+            continue
+        with JournalObserver(outcome.folder) as observer:
+            observer.emit("finish", status=word[0], error=word[1])
+
+
+def _last_line(error: BaseException) -> str:
+    """Ray puts a process's whole traceback before the error's own words."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
 def _stop_engines(trials_dir: Path) -> None:

@@ -11,7 +11,7 @@ from orchestrator.errors import OrchestratorError
 from orchestrator.jobfile import dump_job
 from orchestrator.places import write_whole
 from orchestrator.sweep import space
-from orchestrator.sweep.outcome import Outcome, best_trial, outcomes
+from orchestrator.sweep.outcome import Outcome, best_trial, outcomes, spent_seconds
 from orchestrator.sweep.report import PAGE, TABLE, write_report
 from orchestrator.sweep.report.page import Winner
 from orchestrator.sweep.report.table import row
@@ -64,7 +64,7 @@ def conclude(
         text, adapter = _job_file(run_dir).read_text(), str(run_dir / "adapter")
         winner = Winner(best, text, adapter, registered())
     folder = run_dir / "report"
-    write_report(job, folder, found, winner)
+    write_report(job, folder, found, winner, spent_seconds(run_dir))
     if best is not None:
         shutil.copy(_job_file(run_dir), folder / "best.yaml")
     counts = {

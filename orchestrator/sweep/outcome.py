@@ -63,6 +63,22 @@ def outcomes(trials_dir: Path) -> list[Outcome]:
     return sorted((_outcome(folder) for folder in folders), key=_place)
 
 
+def spent_seconds(run_dir: Path) -> float:
+    """Seconds that commands over this sweep took until now, the pauses between them left out."""
+    times = sorted(
+        (event["time"], event["event"])
+        for path in (journal_path(run_dir), *run_dir.glob("trials/*/journal.jsonl"))
+        if path.exists()
+        for event, _ in read_events(path)
+    )
+    spent = last = 0.0
+    for moment, event in times:
+        # Each command says first how many places it has.
+        spent += 0.0 if event == "places" or not last else moment - last
+        last = moment
+    return spent
+
+
 def best_trial(found: list[Outcome], metric: str, mode: str) -> Outcome | None:
     """The finished trial with the smallest metric, or the largest with `mode` max."""
     whole = [o for o in found if o.status == "finished" and _finite(getattr(o, metric))]

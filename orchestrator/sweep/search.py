@@ -1,13 +1,15 @@
 """Ray Tune's searchers and schedulers, as a job file names them."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from ray import tune
-from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, PopulationBasedTraining
-from ray.tune.search import BasicVariantGenerator
+from ray.tune.schedulers import FIFOScheduler
+from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter
 
 from orchestrator.config import LISTED_KINDS, JobConfig, SweepConfig
+from orchestrator.sweep.schedulers import Asha, Memory, Population
 from orchestrator.sweep.space import PBT_KEY, grid_order, most_steps
 
 # Li et al. 2020, "A System for Massively Parallel Hyperparameter Tuning", use 4; 3 is milder.
@@ -25,34 +27,59 @@ def searcher(sweep: SweepConfig, places: int) -> Any:
     """Who proposes trials, as many at a time as there are places."""
     points = [dict(point) for point in sweep.points] or None
     if sweep.searcher != "optuna":
-        # Tune's own limit is for searchers of the other kind.
-        return BasicVariantGenerator(
-            points_to_evaluate=points, random_state=sweep.seed, max_concurrent=places
-        )
+        return _Variants(points_to_evaluate=points, random_state=sweep.seed, max_concurrent=places)
     import optuna
     from ray.tune.search.optuna import OptunaSearch
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return OptunaSearch(
+    found = OptunaSearch(
         metric=sweep.metric, mode=sweep.mode, points_to_evaluate=points, seed=sweep.seed
     )
+    return _Limited(found, max_concurrent=places)
 
 
-def scheduler(job: JobConfig, sweep: SweepConfig) -> Any:
-    """Who decides which trials go on. Time is the trial's own step: Tune's count restarts."""
+class _Variants(BasicVariantGenerator):  # type: ignore[misc]
+    """Goes on with the places of the present command, not with those of the first one."""
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Take over what an earlier command has proposed."""
+        super().set_state({**state, "max_concurrent": self.max_concurrent})
+
+
+class _Limited(ConcurrencyLimiter):  # type: ignore[misc]
+    """As `_Variants`, around a searcher that has no limit of its own."""
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Take over what an earlier command has proposed."""
+        super().set_state({**state, "max_concurrent": self.max_concurrent})
+
+
+def scheduler(job: JobConfig, sweep: SweepConfig, memory: Path) -> Any:
+    """Who decides which trials go on. Time is the trial's own step: Tune's count restarts.
+
+    Args:
+        job: the resolved job.
+        sweep: its sweep.
+        memory: the file in which the scheduler remembers what it heard.
+    """
     total_steps = most_steps(job, sweep) or _ENDLESS
     every = min(job.evaluation.every, total_steps)
     common = {"time_attr": "step", "metric": sweep.metric, "mode": sweep.mode}
     if sweep.scheduler == "asha":
-        return AsyncHyperBandScheduler(
-            **common, grace_period=every, max_t=total_steps, reduction_factor=_REDUCTION
+        return Asha(
+            Memory(memory),
+            **common,
+            grace_period=every,
+            max_t=total_steps,
+            reduction_factor=_REDUCTION,
         )
     if sweep.scheduler == "pbt":
         domain = sweep.search_space[PBT_KEY]
         kind, values = next(iter(domain.items()))
         listed = kind in LISTED_KINDS
         # Of a list Tune takes a neighbour; a range's value it multiplies, beyond the ends too.
-        return PopulationBasedTraining(
+        return Population(
+            Memory(memory),
             **common,
             perturbation_interval=every,
             hyperparam_mutations={PBT_KEY: list(values) if listed else _domain(sweep, domain)},

@@ -221,8 +221,15 @@ def _check_searcher(sweep: SweepConfig) -> None:
     if sweep.scheduler == "pbt":
         if PBT_KEY not in sweep.search_space:
             raise RefusedError(f"sweep.scheduler: pbt changes {PBT_KEY}; search it")
-        if sweep.searcher == "grid":
-            raise RefusedError("sweep.scheduler: pbt goes with searcher random or optuna")
+        if sweep.searcher != "random":
+            raise RefusedError(
+                "sweep.searcher: pbt changes trials by itself, so it goes with random only"
+            )
+        if not _can_share(sweep):
+            raise RefusedError(
+                "sweep.scheduler: pbt moves adapters between trials, so only lora.* and "
+                "training.* can differ"
+            )
     if sweep.placement == "shared" and not _can_share(sweep):
         raise RefusedError(
             "sweep.placement: trials share one base, so only lora.* and training.* can differ; "

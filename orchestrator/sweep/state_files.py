@@ -15,6 +15,8 @@ from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
 from orchestrator.errors import OrchestratorError
 from orchestrator.places import write_whole
 
+_STATES = "experiment_state-*.json"
+
 
 class _WholeFile(io.BytesIO):
     """Written beside its place and renamed when it is closed; Tune's files are small."""
@@ -47,6 +49,11 @@ def whole_files() -> FileSystem:
     return PyFileSystem(FSSpecHandler(_WholeFiles()))
 
 
+def has_state(folder: Path) -> bool:
+    """Whether there is a search to go on with; a kill may have come before its first word."""
+    return any(folder.glob(_STATES))
+
+
 def check_readable(folder: Path) -> None:
     """The state that a killed sweep would go on from is whole.
 
@@ -54,7 +61,7 @@ def check_readable(folder: Path) -> None:
         OrchestratorError: a disk has lost some of it.
     """
     # Named by the time of the command that wrote it; Tune takes the newest.
-    newest = max(folder.glob("experiment_state-*.json"), default=None)
+    newest = max(folder.glob(_STATES), default=None)
     if newest is None:
         return
     try:

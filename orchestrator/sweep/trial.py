@@ -110,25 +110,24 @@ class Trial(tune.Trainable):  # type: ignore[misc]
                 time.sleep(_PAUSE_SECONDS)
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Where the engine's checkpoint of the last evaluation lies."""
-        path = self._folder / "checkpoints" / f"step-{self._after:08d}"
-        pointer = {"path": str(path), "step": self._after}
+        """Of which evaluation the engine's checkpoint is."""
+        pointer = {"trial": self._name, "step": self._after}
         (Path(checkpoint_dir) / _POINTER).write_text(json.dumps(pointer))
 
     def load_checkpoint(self, checkpoint: Any) -> None:
         """Go on from there: one's own, or that of the trial whose place is taken over."""
         pointer = json.loads((Path(checkpoint) / _POINTER).read_text())
-        path = Path(pointer["path"])
         self._after = pointer["step"]
-        if path.parent.parent != self._folder:
-            self._fork = path
-            self._generation += 1
+        if pointer["trial"] != self._name:
+            donor = self._context.trials_dir / pointer["trial"]
+            self._fork = donor / "checkpoints" / f"step-{self._after:08d}"
+            self._generation = time.time_ns()
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Become another trial in the same process, or go on with another learning rate."""
         config = dict(new_config)
         if self.trial_id == self._name:
-            self._generation += 1
+            self._generation = time.time_ns()
             self._choose(config)
         else:
             self._leave()
@@ -159,7 +158,11 @@ class Trial(tune.Trainable):  # type: ignore[misc]
         return self._engine.desk
 
     def _ended(self) -> str | None:
-        """Why this trial's own engine is no more, where that is the trial's failure."""
+        """Why this trial's own engine is no more, where that is the trial's failure.
+
+        Raises:
+            OrchestratorError: it is not.
+        """
         if self._engine is None or not self._engine.ended:
             return None
         try:
@@ -168,8 +171,11 @@ class Trial(tune.Trainable):  # type: ignore[misc]
             (engine_folder(self._folder) / "running").unlink(missing_ok=True)
             return None
         except OrchestratorError as error:
+            if type(error) is OrchestratorError:
+                # Ray gave up, not the trial: Tune tries again, and the next command too.
+                raise
             return str(error)
-        return "The engine ended before the trial; see Ray's logs"
+        raise OrchestratorError("The engine ended before the trial; see Ray's logs")
 
     @property
     def _metric(self) -> str:

@@ -48,7 +48,7 @@ class Course:
     """One adapter in training; only `progress` changes, and whether a checkpoint is due.
 
     total: optimizer steps of the whole job. overdue: the storage refused the last checkpoint.
-    forked_from: another adapter's checkpoint that it went on from.
+    forked_from: the origin of the last fork that it went on from.
     """
 
     ground: Ground
@@ -96,8 +96,12 @@ def leave(course: Course) -> None:
     course.ground.engine.adapters.remove(course.tenant.adapter)
 
 
-def resume(course: Course) -> None:
+def resume(course: Course, origin: str | None = None) -> None:
     """Take over the newest whole checkpoint; the leader decides which that is.
+
+    Args:
+        course: fresh.
+        origin: the fork that it has to go on from; a checkpoint from before that is passed over.
 
     Raises:
         RefusedError: it is of another base or other data.
@@ -115,8 +119,12 @@ def resume(course: Course) -> None:
             f"{course.folder} holds a run of another base or other data (its content changed). "
             "Give the job another name, or delete that folder"
         )
+    forked_from = found.state.get("forked_from")
+    if origin is not None and forked_from != origin:
+        # It may be of another rank.
+        return
     take_over(course, found)
-    course.progress = Progress(**found.state["progress"])
+    course.progress, course.forked_from = Progress(**found.state["progress"]), forked_from
 
 
 def check_length(course: Course) -> None:
@@ -139,8 +147,13 @@ def take_over(course: Course, found: Checkpoint) -> None:
     course.tenant.restore(found.tensors["optimizer"], found.state["numbers"])
 
 
-def fork(course: Course, path: Path) -> None:
+def fork(course: Course, path: Path, origin: str | None) -> None:
     """Go on from another adapter's checkpoint.
+
+    Args:
+        course: of an adapter of the same shape.
+        path: the checkpoint's folder.
+        origin: tells this fork from others.
 
     Raises:
         CheckpointError: it is not there or damaged.
@@ -148,7 +161,7 @@ def fork(course: Course, path: Path) -> None:
     found = checkpoint.read_path(path)
     take_over(course, found)
     course.progress = Progress(**found.state["progress"])
-    course.forked_from = str(path)
+    course.forked_from = origin
     if course.ground.world.leads:
         # What it had trained before is not where it goes on after a kill.
         checkpoint.forget_after(course.folder / "checkpoints", found.step)

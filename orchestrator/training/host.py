@@ -4,14 +4,15 @@ Who trains is asked of a `Membership` in every round: as requests do in an infer
 adapter joins, is trained to its next evaluation, waits for the word to go on, and leaves.
 """
 
-import math
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 from orchestrator.config import JobConfig
@@ -32,8 +33,11 @@ from orchestrator.training.run import emit_start
 
 # How a round's adapters are passed: together in one row, one after the other, or each in a thread.
 Layout = Literal["fused", "in turn", "side by side"]
-# Rounds of each layout that are timed before one is chosen.
+# Rounds of each layout that are timed before one is chosen; after so many one is tried again; so
+# many of each count.
 _TRIED_ROUNDS = 3
+_AGAIN_ROUNDS = 16
+_LATEST_ROUNDS = 32
 
 
 class Host:
@@ -104,7 +108,7 @@ class Host:
             wanted = wishes.members.get(name)
             if wanted is None:
                 self._drop(name, wishes.ended.get(name, "stopped"))
-            elif wanted.generation != self._members[name].generation:
+            elif not wanted.goes_on(self._members[name]):
                 self._drop(name, None)
             else:
                 self._members[name] = wanted
@@ -129,9 +133,9 @@ class Host:
             _close_observer(observer)
             raise
         self._courses[name], self._members[name] = state, member
-        course.resume(state)
-        if member.fork is not None and state.forked_from != str(member.fork):
-            course.fork(state, member.fork)
+        course.resume(state, member.origin)
+        if member.fork is not None and state.forked_from != member.origin:
+            course.fork(state, member.fork, member.origin)
         course.check_length(state)
         emit_start(state)
         if state.progress.step == 0:
@@ -146,31 +150,48 @@ class Host:
         layout: Layout = self._pace.choose(len(names), self._lanes.hold(len(names), longest))
         # Each worker measures other times, and all must sum alike.
         layout = self._world.from_leader(layout)
-        groups = [names] if layout == "fused" else [[name] for name in names]
-        works = [partial(self._pass, group, batches) for group in groups]
         began = time.perf_counter()
         if layout == "side by side":
-            results = [result for part in self._side_by_side(works) for result in part.results]
-            # They share the seconds, as those of a fused pass do.
-            groups, passed = [names], [_Passed(results, time.perf_counter() - began, 0.0)]
+            passed = self._side_by_side(names, batches, began)
         else:
-            passed = [work(self._ground.engine) for work in works]
+            groups = [names] if layout == "fused" else [[name] for name in names]
+            passed = list(self._in_turn(groups, batches))
         seconds, tokens = time.perf_counter() - began, sum(part.tokens for part in passed)
         self._pace.measured(len(names), layout, tokens, seconds)
-        for group, part in zip(groups, passed, strict=True):
-            self._take(group, part)
+        for part in passed:
+            self._take(part)
         self._report([name for name in names if name in self._courses])
 
-    def _side_by_side(self, works: Sequence[Callable[[Engine], "_Passed"]]) -> list["_Passed"]:
-        passed = []
-        for work, found in zip(works, self._lanes.run(works), strict=True):
+    def _side_by_side(
+        self, names: list[str], batches: dict[str, list[Segment]], began: float
+    ) -> list["_Passed"]:
+        works = [partial(self._pass, [name], batches) for name in names]
+        parts: list[_Passed] = []
+        for name, found in zip(names, self._lanes.run(works), strict=True):
             if isinstance(found.exception(), TrainingError):
                 # The neighbours took the memory that it lacked; nothing was changed by it.
                 self._lanes.forbid()
-                passed.append(work(self._ground.engine))
+                parts.extend(self._in_turn([[name]], batches))
             else:
-                passed.append(found.result())
-        return passed
+                parts.append(found.result())
+        # They share the seconds, as those of a fused pass do.
+        trained = [name for part in parts for name in part.names]
+        results = [result for part in parts for result in part.results]
+        return [_Passed(trained, results, time.perf_counter() - began, 0.0)]
+
+    def _in_turn(
+        self, groups: Sequence[list[str]], batches: dict[str, list[Segment]]
+    ) -> Iterator["_Passed"]:
+        """A step of each group; who lacks the memory for it alone has failed, without the rest."""
+        for group in groups:
+            try:
+                yield self._pass(group, batches, self._ground.engine)
+            except TrainingError as error:
+                # All workers know of it, and nothing was changed by it.
+                if len(group) > 1:
+                    yield from self._in_turn([[name] for name in group], batches)
+                else:
+                    self._fail(group[0], str(error))
 
     def _pass(
         self, names: list[str], batches: dict[str, list[Segment]], engine: Engine
@@ -183,12 +204,12 @@ class Host:
             [[replace(part, tenant=n) for part in batches[name]] for n, name in enumerate(names)],
             [state.progress.step + 1 for state in states],
         )
-        return _Passed(results, time.perf_counter() - began, self._world.waited - waited)
+        return _Passed(names, results, time.perf_counter() - began, self._world.waited - waited)
 
-    def _take(self, names: list[str], passed: "_Passed") -> None:
-        for name, result in zip(names, passed.results, strict=True):
+    def _take(self, passed: "_Passed") -> None:
+        for name, result in zip(passed.names, passed.results, strict=True):
             # What a member took of a shared step, by its tokens.
-            share = result.tokens / passed.tokens if passed.tokens else 1 / len(names)
+            share = result.tokens / passed.tokens if passed.tokens else 1 / len(passed.names)
             seconds, waited = max(passed.seconds * share, 1e-9), passed.waited * share
             try:
                 course.take_step(self._courses[name], result, seconds, waited)
@@ -309,6 +330,7 @@ def _unpaged(job: JobConfig) -> JobConfig:
 class _Passed:
     """Steps of adapters that shared their passes; waited: seconds of it in the collective."""
 
+    names: list[str]
     results: list[StepResult]
     seconds: float
     waited: float
@@ -322,13 +344,16 @@ class _Passed:
 class Pace:
     """Which layout is the fastest here; the results are the same in any.
 
-    The first rounds of each number of adapters try them all.
+    The first rounds of each number of adapters try them all. Other processes disturb some layouts
+    more than others, now and then: so the mean of the latest rounds counts, and the others are
+    tried again from time to time.
     """
 
     def __init__(self, layouts: Sequence[Layout], tries: int) -> None:
         """Of these layouts, and of side by side where that can be; each is tried so often."""
         self._layouts, self._tries = list(layouts), tries
-        self._seconds_per_token: dict[tuple[int, Layout], list[float]] = {}
+        self._tried: Counter[tuple[int, Layout]] = Counter()
+        self._seconds_per_token: dict[tuple[int, Layout], deque[float]] = {}
 
     def choose(self, adapters: int, beside: bool) -> Layout:
         """How the next round of so many adapters is passed.
@@ -340,17 +365,19 @@ class Pace:
         if adapters < 2:
             return self._layouts[0]
         possible: list[Layout] = [*self._layouts, "side by side"] if beside else self._layouts
-        taken = {layout: self._seconds_per_token.get((adapters, layout), []) for layout in possible}
-        least = min(possible, key=lambda layout: len(taken[layout]))
-        if len(taken[least]) < self._tries:
+        tried = {layout: self._tried[adapters, layout] for layout in possible}
+        least = min(possible, key=lambda layout: tried[layout])
+        if tried[least] < self._tries or sum(tried.values()) % _AGAIN_ROUNDS == 0:
             return least
-        return min(possible, key=lambda layout: min(taken[layout]))
+        return min(possible, key=lambda layout: fmean(self._seconds_per_token[adapters, layout]))
 
     def measured(self, adapters: int, layout: Layout, tokens: int, seconds: float) -> None:
         """What a round took."""
-        taken = self._seconds_per_token.setdefault((adapters, layout), [])
-        if len(taken) < self._tries and tokens:
-            taken.append(seconds / tokens if math.isfinite(seconds) else math.inf)
+        if tokens:
+            key = (adapters, layout)
+            latest = self._seconds_per_token.setdefault(key, deque(maxlen=_LATEST_ROUNDS))
+            latest.append(seconds / tokens)
+            self._tried[key] += 1
 
 
 class _Silent:

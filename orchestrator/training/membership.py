@@ -1,7 +1,7 @@
 """Who trains over a base: the words between a host and those who want adapters trained."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,7 +14,7 @@ class Member:
 
     after: steps of which the evaluations were heard; training goes on to the next one.
     fork: a checkpoint folder of another adapter to go on from, in place of its own.
-    generation: grows when its job or fork changes.
+    generation: another one whenever its job or fork changes.
     """
 
     job: JobConfig
@@ -22,6 +22,15 @@ class Member:
     after: int = -1
     fork: Path | None = None
     generation: int = 0
+
+    @property
+    def origin(self) -> str | None:
+        """Tells one fork from another, also where both are from one checkpoint."""
+        return None if self.fork is None else f"{self.fork}@{self.generation}"
+
+    def goes_on(self, before: "Member") -> bool:
+        """Whether the same is wanted as before, if further."""
+        return replace(self, after=before.after) == before
 
 
 @dataclass(frozen=True)

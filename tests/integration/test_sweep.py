@@ -1,7 +1,7 @@
 """Sweeps on local Ray: tenants' curves are those of solo runs, whoever joins, leaves or dies."""
 
-import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -132,10 +132,7 @@ def test_a_killed_sweep_goes_on_where_it_was(
     process = commands.start("sweep", job, "--json")
     wait_until(lambda: _finished(folder) >= 1, "a trial was finished")
     wait_until(lambda: _steps(folder) > 150, "the next trials were begun")
-    for child in psutil.Process(process.pid).children(recursive=True):
-        child.send_signal(signal.SIGKILL)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    _kill_all(process)
     whole = {trial.name for trial in _trials(folder) if _is_finished(trial)}
     ended = commands.run("sweep", job, "--json")
     assert ended.status == 0, ended.err
@@ -145,6 +142,28 @@ def test_a_killed_sweep_goes_on_where_it_was(
         starts = [event for event in journal(trial) if event["event"] == "start"]
         assert not (trial.name in whole and len(starts) > 1 and starts[-1]["resumed_from"] < 60)
         assert [step for step, *_ in curve(trial)] == list(range(1, 61))
+
+
+@pytest.mark.cluster
+def test_who_was_good_before_a_kill_is_remembered_after_it(
+    commands: Commands, job_file: JobFile, tmp_path: Path
+) -> None:
+    """Successive halving: with empty rungs whoever comes first would be trained to the end."""
+    rates = [1e-2, 1e-7, 2e-7, 3e-7, 4e-7]
+    space = {"training.learning_rate": {"choice": rates}}
+    points = [{"training.learning_rate": rate} for rate in rates]
+    asha = {"scheduler": "asha", "search_space": space, "points": points, "concurrent": 1}
+    job, folder = _job(job_file, "rungs", steps=24, trials=5, **asha), tmp_path / "runs" / "rungs"
+    process = commands.start("sweep", job, "--json")
+    wait_until(lambda: _finished(folder) == 1, "the first trial was finished")
+    _kill_all(process)
+    ended = commands.run("sweep", job, "--json")
+    assert ended.status == 0, ended.err
+    found = {t["params"]["training.learning_rate"]: t for t in ended.result["trials"]}
+    assert {rate: (t["status"], t["steps"]) for rate, t in found.items()} == {
+        1e-2: ("finished", 24),
+        **{rate: ("stopped", 4) for rate in rates[1:]},
+    }
 
 
 @pytest.mark.cluster
@@ -235,8 +254,14 @@ def test_a_sweep_whose_time_is_up_ends_with_the_best_it_has(
 def test_a_population_changes_its_learning_rates_on_the_way(
     commands: Commands, job_file: JobFile, tmp_path: Path
 ) -> None:
-    space = {"training.learning_rate": {"loguniform": [1e-5, 1e-1]}}
-    points = [{"training.learning_rate": rate} for rate in (1e-5, 1e-4, 1e-2)]
+    space = {
+        "training.learning_rate": {"loguniform": [1e-5, 1e-1]},
+        "lora.rank": {"choice": [2, 4, 8]},
+    }
+    points = [
+        {"training.learning_rate": rate, "lora.rank": rank}
+        for rate, rank in ((1e-5, 2), (1e-4, 4), (1e-2, 8))
+    ]
     job = _job(
         job_file,
         "population",
@@ -245,7 +270,6 @@ def test_a_population_changes_its_learning_rates_on_the_way(
         points=points,
         trials=3,
         scheduler="pbt",
-        searcher="random",
         concurrent="auto",
     )
     ended = commands.run("sweep", job, "--json")
@@ -368,6 +392,14 @@ def _finished(folder: Path) -> int:
 
 def _is_finished(trial: Path) -> bool:
     return any(event.get("status") == "finished" for event in journal(trial))
+
+
+def _kill_all(command: subprocess.Popen[str]) -> None:
+    """The command and all that it started, at once."""
+    for child in psutil.Process(command.pid).children(recursive=True):
+        child.send_signal(signal.SIGKILL)
+    command.kill()
+    command.wait()
 
 
 def _kill(command: int, kind: str) -> None:

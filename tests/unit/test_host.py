@@ -215,11 +215,57 @@ def test_a_fork_goes_on_from_another_ones_checkpoint(
     club.members["forked"] = replace(club.members["forked"], fork=fork, after=4)
     _host(job, club, cache).run()
     forked, donor = club.observers["forked"], club.observers["donor"]
+    assert not club.failures
     assert [e["step"] for e in forked.of("step")] == [5, 6, 7, 8]
     assert {e["learning_rate"] for e in forked.of("step")} == {1e-4}
     # The first step after the fork has the donor's weights still.
     assert forked.losses()[0] == pytest.approx(donor.losses()[4], rel=1e-6)
     assert forked.losses()[-1] != pytest.approx(donor.losses()[-1], rel=1e-6)
+
+
+def test_a_fork_of_another_rank_takes_the_place_of_what_was_trained(
+    job: JobConfig, club: Club, tmp_path: Path
+) -> None:
+    """A population's trial becomes a better one, and goes on from there after a kill too."""
+    cache = tmp_path / "cache"
+    club.join("donor", job, **{"lora.rank": 8})
+    club.join("worse", job, **{"lora.rank": 2})
+    _host(job, club, cache).run()
+    again = Club(club.folder)
+    longer = {"training.learning_rate": 1e-4, "training.max_steps": 12}
+    again.join("worse", job, **{"lora.rank": 8, **longer})
+    fork = club.folder / "donor" / "checkpoints" / "step-00000004"
+    moved = replace(again.members["worse"], fork=fork, after=4, generation=17)
+    again.members["worse"] = moved
+    again.rule = lambda club: any(r["step"] == 8 for r in club.reports.get("worse", []))
+    _host(job, again, cache).run()
+    assert not again.failures
+    assert [e["step"] for e in again.observers["worse"].of("step")] == [5, 6, 7, 8]
+
+    # An engine that comes after a kill is told of the same fork, and does not begin it anew.
+    later = Club(club.folder)
+    later.observers, later.members["worse"] = again.observers, replace(moved, after=8)
+    _host(job, later, cache).run()
+    assert not later.failures
+    assert [e["step"] for e in later.observers["worse"].of("step")] == list(range(5, 13))
+
+
+def test_who_lacks_the_memory_for_a_step_ends_alone(
+    job: JobConfig, club: Club, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    club.join("small", job)
+    club.join("large", job, **{"lora.rank": 16})
+    step = Engine.step
+
+    def scarce(engine: Engine, tenants: Any, batches: Any, steps: Any) -> Any:
+        if any(tenant.adapter.config.rank == 16 for tenant in tenants):
+            raise TrainingError("Out of memory")
+        return step(engine, tenants, batches, steps)
+
+    monkeypatch.setattr(Engine, "step", scarce)
+    _host(job, club, tmp_path / "cache").run()
+    assert club.failures == {"large": "Out of memory"}
+    assert len(club.observers["small"].losses()) == 8
 
 
 @pytest.fixture
@@ -367,6 +413,18 @@ def test_the_fastest_layout_is_chosen_after_trying_all() -> None:
         assert set(tried) == {layout for layout in seconds if beside or layout != "side by side"}
         assert set(tried[9:]) == {best}
     assert Pace(("fused", "in turn"), 3).choose(1, False) == "fused"
+
+
+def test_a_layout_that_becomes_slow_is_left_for_another() -> None:
+    pace, chosen = Pace(("fused", "in turn"), 3), []
+    for number in range(200):
+        layout = pace.choose(2, False)
+        chosen.append(layout)
+        # Other processes disturb it later on.
+        slow = layout == "fused" and number >= 50
+        pace.measured(2, layout, 100, 9.0 if slow else 1.0 if layout == "fused" else 2.0)
+    assert chosen[10:50].count("fused") > 35
+    assert chosen[100:].count("in turn") > 80
 
 
 def test_of_evaluations_too_the_faster_way_is_chosen() -> None:

@@ -66,7 +66,7 @@ def _best(found: Sequence[Outcome]) -> Outcome | None:
 def _report(job: JobConfig, found: Sequence[Outcome]) -> Path:
     best = _best(found)
     winner = best and Winner(best, "name: search-best\n", "runs/search/adapter", "7")
-    return write_report(job, job.run_dir / "report", found, winner)
+    return write_report(job, job.run_dir / "report", found, winner, 90.0)
 
 
 def _names(job: JobConfig, found: Sequence[Outcome]) -> list[str]:
@@ -170,7 +170,7 @@ def test_few_trials_have_the_pictures_there_are(
     assert _names(job, found) == pictures
     best = _best(found)
     winner = best and Winner(best, "name: search-best", "adapter", None)
-    text, nobody = _parsed(render(job, found, winner, [])).text, best is None
+    text, nobody = _parsed(render(job, found, winner, [], 90.0)).text, best is None
     assert ("No trial was trained to its end" in text) is nobody
 
 
@@ -236,7 +236,7 @@ def test_other_metrics(tmp_path: Path, metric: str, mode: str, first: str) -> No
     assert (names[-1] == "importance") is (metric != "tokens_per_second")
     table = mlflow_table(found, (), metric, mode)
     assert table["data"][0][0].endswith(first)
-    page = _parsed(render(job, found, best and Winner(best, "", "", None), []))
+    page = _parsed(render(job, found, best and Winner(best, "", "", None), [], 90.0))
     assert f"Best {metric_name(metric)}" in page.text
 
 

@@ -1,9 +1,11 @@
 """What Ray Tune is told of a job's sweep."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.tune.schedulers import TrialScheduler
 from ray.tune.schedulers.pbt import _explore
 
 from orchestrator.cluster.plan import Resources
@@ -22,11 +24,13 @@ def _job(search_space: dict[str, Any], **sweep: Any) -> JobConfig:
 @pytest.mark.parametrize(
     ("steps", "most"), [([20, 200, 100], 200), ([50, None], 10**6), (None, 50)]
 )
-def test_asha_lets_the_longest_trial_end(steps: list[int | None] | None, most: int) -> None:
+def test_asha_lets_the_longest_trial_end(
+    steps: list[int | None] | None, most: int, tmp_path: Path
+) -> None:
     space = {"lora.rank": {"choice": [4]}}
     job = _job(space if steps is None else {"training.max_steps": {"choice": steps}})
     assert job.sweep is not None
-    assert search.scheduler(job, job.sweep)._max_t == most
+    assert search.scheduler(job, job.sweep, tmp_path / "heard")._max_t == most
 
 
 @pytest.mark.parametrize(
@@ -36,10 +40,12 @@ def test_asha_lets_the_longest_trial_end(steps: list[int | None] | None, most: i
         ({"loguniform": [1e-4, 1e-3]}, lambda rate: 1e-4 <= rate <= 1e-3),
     ],
 )
-def test_a_population_stays_in_the_search_space(domain: dict[str, Any], allowed: Any) -> None:
-    job = _job({RATE: domain}, scheduler="pbt", searcher="random")
+def test_a_population_stays_in_the_search_space(
+    domain: dict[str, Any], allowed: Any, tmp_path: Path
+) -> None:
+    job = _job({RATE: domain}, scheduler="pbt")
     assert job.sweep is not None
-    chosen, rates = search.scheduler(job, job.sweep), [3e-4]
+    chosen, rates = search.scheduler(job, job.sweep, tmp_path / "heard"), [3e-4]
     for _ in range(200):
         config, _ = _explore(
             {RATE: rates[-1], "lora.rank": 4},
@@ -51,6 +57,45 @@ def test_a_population_stays_in_the_search_space(domain: dict[str, Any], allowed:
         assert config["lora.rank"] == 4
         rates.append(config[RATE])
     assert all(map(allowed, rates)) and len(set(rates)) > 2
+
+
+def _trial(name: str, step: int = 0, loss: float = 0.0) -> Any:
+    """A trial of which Tune knows this last result."""
+    result = {"step": step, "eval_loss": loss} if step else {}
+    return SimpleNamespace(trial_id=name, last_result=result)
+
+
+def test_rungs_survive_a_kill(tmp_path: Path) -> None:
+    job = _job({RATE: {"choice": [1e-3]}}, scheduler="asha")
+    assert job.sweep is not None
+
+    def asha() -> Any:
+        assert job.sweep is not None
+        return search.scheduler(job, job.sweep, tmp_path / "heard.jsonl")
+
+    killed = asha()
+    for name, loss in (("good", 1.0), ("fair", 1.1), ("late", 0.5)):
+        killed.on_trial_add(None, _trial(name))
+        killed.on_trial_result(None, _trial(name), {"step": 50, "eval_loss": loss})
+    # Tune restores what it had noted: of the last trial it had not heard yet.
+    restored = asha()
+    for trial in (_trial("good", 50, 1.0), _trial("fair", 50, 1.1), _trial("late"), _trial("new")):
+        restored.on_trial_add(None, trial)
+    ((_, recorded),) = restored._brackets[0]._rungs
+    assert recorded == {"good": -1.0, "fair": -1.1}
+    bracket = restored._brackets[0]
+    assert bracket.on_result(_trial("new"), 50, -2.0) == TrialScheduler.STOP
+    assert bracket.on_result(_trial("late"), 50, -0.5) == TrialScheduler.CONTINUE
+
+
+def test_a_search_goes_on_with_the_places_of_the_present_command() -> None:
+    for kind in ("random", "optuna"):
+        job = _job({RATE: {"loguniform": [1e-4, 1e-3]}}, searcher=kind, scheduler="none")
+        assert job.sweep is not None
+        before, now = search.searcher(job.sweep, 8), search.searcher(job.sweep, 2)
+        state = {**before.get_state(), "max_concurrent": 8} if kind == "optuna" else vars(before)
+        now.set_state(state)
+        assert now.max_concurrent == 2
 
 
 def test_isolated_trials_wait_for_what_an_autoscaler_adds() -> None:

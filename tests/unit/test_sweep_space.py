@@ -11,6 +11,7 @@ from orchestrator.jobfile import job_from_mapping
 from orchestrator.sweep import space
 
 RANKS = {"lora.rank": {"choice": [4, 8]}}
+RATES = {"training.learning_rate": {"choice": [1e-4, 1e-3]}}
 
 
 def _job(search_space: dict[str, Any], **sweep: Any) -> JobConfig:
@@ -59,6 +60,8 @@ def _job(search_space: dict[str, Any], **sweep: Any) -> JobConfig:
         (RANKS, {"searcher": "grid", "trials": 1}, "2 points"),
         ({"lora.alpha": {"uniform": [1, 2]}}, {"searcher": "grid"}, "is a range"),
         (RANKS, {"scheduler": "pbt"}, "learning_rate"),
+        (RATES, {"scheduler": "pbt", "searcher": "optuna"}, "goes with random only"),
+        ({**RATES, "data.max_length": {"choice": [8, 16]}}, {"scheduler": "pbt"}, "moves adapters"),
         ({"data.max_length": {"choice": [8, 16]}}, {"placement": "shared"}, "placement"),
     ],
 )

@@ -18,7 +18,11 @@ TABLE = "trials.json"
 
 
 def write_report(
-    job: JobConfig, folder: Path, found: Sequence[Outcome], winner: Winner | None
+    job: JobConfig,
+    folder: Path,
+    found: Sequence[Outcome],
+    winner: Winner | None,
+    seconds: float,
 ) -> Path:
     """Write report.html, the pictures as PNG files, and trials.json as MLflow shows tables.
 
@@ -27,6 +31,7 @@ def write_report(
         folder: where the files go.
         found: every trial, in the order they were proposed.
         winner: the best of them; None where none was trained to its end.
+        seconds: that the sweep took, over all commands.
 
     Returns:
         The page.
@@ -45,5 +50,5 @@ def write_report(
     keys, sweep = tuple(job.sweep.search_space), job.sweep
     table = mlflow_table(found, keys, sweep.metric, sweep.mode)
     write_whole(folder / TABLE, json.dumps(table, indent=1))
-    write_whole(folder / PAGE, render(job, found, winner, pictures))
+    write_whole(folder / PAGE, render(job, found, winner, pictures, seconds))
     return folder / PAGE

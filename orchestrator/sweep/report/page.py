@@ -55,7 +55,11 @@ class Cell:
 
 
 def render(
-    job: JobConfig, found: Sequence[Outcome], winner: Winner | None, pictures: Sequence[Picture]
+    job: JobConfig,
+    found: Sequence[Outcome],
+    winner: Winner | None,
+    pictures: Sequence[Picture],
+    seconds: float,
 ) -> str:
     """The whole page.
 
@@ -64,6 +68,7 @@ def render(
         found: every trial.
         winner: the best of them; None where none was trained to its end.
         pictures: in the order they are shown.
+        seconds: that the sweep took, over all commands.
     """
     assert job.sweep is not None
     keys, metric = tuple(job.sweep.search_space), job.sweep.metric
@@ -78,7 +83,7 @@ def render(
         name=job.name,
         made=time.strftime("%Y-%m-%d %H:%M %Z"),
         metric=metric_name(metric),
-        cards=_cards(job.sweep, found, winner),
+        cards=_cards(job.sweep, found, winner, seconds),
         winner=winner,
         winning=[] if winner is None else _winning(job, winner, keys),
         pictures=[(p.title, p.caption, Markup(p.svg)) for p in pictures],
@@ -91,7 +96,7 @@ def render(
 
 
 def _cards(
-    sweep: SweepConfig, found: Sequence[Outcome], winner: Winner | None
+    sweep: SweepConfig, found: Sequence[Outcome], winner: Winner | None, seconds: float
 ) -> list[tuple[str, str, str]]:
     """Heading, figure and note of what matters most."""
     metric = sweep.metric
@@ -102,12 +107,8 @@ def _cards(
         note = f"{first[0]:.4f} before training" if first and metric == "eval_loss" else ""
         cards.append((f"Best {metric_name(metric)}", best, note))
     cards.append(("Trials", str(len(found)), counted([o.status for o in found])))
-    began = [o.began for o in found if o.began is not None]
-    ended = [o.ended for o in found if o.ended is not None]
     trained = sum(o.seconds for o in found)
-    if began and ended:
-        spent = duration(max(ended) - min(began))
-        cards.append(("Time", spent, f"{duration(trained)} of training steps"))
+    cards.append(("Time", duration(seconds), f"{duration(trained)} of training steps"))
     cards.append(("Tokens trained", f"{sum(o.tokens for o in found):,}", _steps(found)))
     return cards
 
