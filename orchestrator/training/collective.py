@@ -58,6 +58,9 @@ class World:
             return
         flags = torch.tensor(asked, dtype=torch.float32, device=tensors[0].device)
         flat = torch.cat([*(t.reshape(-1).to(torch.float32) for t in tensors), flags])
+        if flat.is_cuda:
+            # What this worker still computes itself is no wait for the others.
+            torch.cuda.synchronize(flat.device)
         began = time.perf_counter()
         with _others_may_be_lost():
             dist.all_reduce(flat, group=self._tensors)
