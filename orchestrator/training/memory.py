@@ -73,7 +73,7 @@ def reset_peak(device: torch.device) -> None:
 def peak_bytes(device: torch.device) -> int:
     """Peak bytes: allocated on a GPU, resident on a CPU."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_allocated(device) + _paged_bytes()
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
@@ -87,5 +87,12 @@ def peak_bytes(device: torch.device) -> int:
 def used_bytes(device: torch.device) -> int:
     """Bytes in use now: allocated on a GPU, resident on a CPU."""
     if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
+        return torch.cuda.memory_allocated(device) + _paged_bytes()
     return psutil.Process().memory_info().rss
+
+
+def _paged_bytes() -> int:
+    """Bytes of paged optimizers' state, which torch's allocator knows nothing of."""
+    from bitsandbytes.functional import GlobalPageManager
+
+    return sum(tensor.nbytes for tensor in GlobalPageManager.get_instance().paged_tensors)

@@ -1,6 +1,7 @@
 """One adapter in training: its optimizer, its schedule, its gradient scale."""
 
 import math
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,8 @@ class Tenant:
     def __init__(self, adapter: Adapter, config: TrainingConfig, total_steps: int) -> None:
         self.adapter, self.config, self.total_steps = adapter, config, total_steps
         self.optimizer = optimizers.build(config, adapter.master)
+        # Paged memory goes with the last word of its adapter, however training ends.
+        weakref.finalize(self, optimizers.release, self.optimizer).atexit = False
         self.scaler = torch.amp.GradScaler(
             adapter.master.device.type, enabled=adapter.working.dtype == torch.float16
         )
@@ -83,10 +86,12 @@ class Tenant:
 
     def restore(self, tensors: dict[str, Tensor], numbers: dict[str, dict[str, Any]]) -> None:
         """Take over what `optimizer_tensors` and `numbers` gave."""
+        optimizers.release(self.optimizer)
         content = self.optimizer.state_dict()
         state = {**tensors, **numbers["optimizer"]}
         content["state"] = {0: state} if state else {}
         self.optimizer.load_state_dict(content)
+        optimizers.page(self.optimizer)
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(numbers["scaler"])
 

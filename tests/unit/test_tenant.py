@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from orchestrator.config import TrainingConfig
-from orchestrator.training import optimizers
+from orchestrator.errors import RefusedError
+from orchestrator.training import memory, optimizers
 from orchestrator.training.tenant import Tenant
 
 CONFIG = TrainingConfig(max_steps=9, learning_rate=0.1, max_grad_norm=1.0)
@@ -51,6 +52,60 @@ def test_an_optimizer_goes_on_where_it_was_saved(
     after.restore(tensors, before.numbers())
     _take_steps(after, 4, 6)
     assert torch.equal(after.adapter.master, whole.adapter.master)
+
+
+@pytest.fixture
+def freed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """bitsandbytes pages as on CUDA, in ordinary memory; the addresses that were freed."""
+    from bitsandbytes import functional
+    from bitsandbytes.cextension import lib
+    from bitsandbytes.optim.optimizer import Optimizer8bit
+
+    def buffer(optimizer: Any, parameter: torch.Tensor, dtype: torch.dtype) -> Any:
+        made: Any = torch.zeros_like(parameter, dtype=dtype)
+        made.is_paged = True
+        optimizer.page_mng.paged_tensors.append(made)
+        return made
+
+    addresses: list[Any] = []
+    monkeypatch.setattr(Optimizer8bit, "get_state_buffer", buffer)
+    monkeypatch.setattr(functional, "prefetch_tensor", lambda _: None)
+    monkeypatch.setattr(lib, "cudaFree", lambda at: addresses.append(at.value), raising=False)
+    return addresses
+
+
+@pytest.mark.parametrize(("name", "size"), [("paged_adamw", 4), ("paged_adamw_8bit", 1)])
+def test_a_paged_state_is_paged_again_after_a_kill_and_freed_with_its_adapter(
+    name: str, size: int, monkeypatch: pytest.MonkeyPatch, freed: list[int]
+) -> None:
+    monkeypatch.setattr(optimizers, "resolve", lambda *_: name)
+    whole, tenant = Tenant(_adapter(), CONFIG, 9), Tenant(_adapter(), CONFIG, 9)
+    _take_steps(whole, 1, 4)
+    _take_steps(tenant, 1, 2)
+    master, optimizer = tenant.adapter.master, tenant.optimizer
+    for _ in range(2):
+        before = [optimizer.state[master][part] for part in ("state1", "state2")]
+        tenant.restore(tenant.optimizer_tensors(), tenant.numbers())
+        after = [optimizer.state[master][part] for part in ("state1", "state2")]
+        for old, new in zip(before, after, strict=True):
+            assert new.is_paged and torch.equal(old, new)
+        assert freed[-2:] == [old.data_ptr() for old in before]
+        assert memory._paged_bytes() == 2 * 2 * SIZE * size
+    _take_steps(tenant, 3, 4)
+    assert torch.equal(master, whole.adapter.master)
+    del whole, tenant
+    assert memory._paged_bytes() == 0 and len(freed) == 8
+
+
+def test_more_weights_than_a_paged_optimizer_can_count_take_another() -> None:
+    cuda = torch.device("cuda")
+    assert optimizers.resolve("auto", cuda, 2**31 - 1) == "paged_adamw"
+    assert optimizers.resolve("auto", cuda, 2**31) == "adamw"
+    assert optimizers.resolve("adamw", cuda, 2**31) == "adamw"
+    for name in ("paged_adamw", "paged_adamw_8bit"):
+        assert optimizers.resolve(name, cuda, 2**31 - 1) == name
+        with pytest.raises(RefusedError, match=f"{name} takes at most 2147483647 parameters"):
+            optimizers.resolve(name, cuda, 2**31)
 
 
 def test_float16_takes_the_steps_of_float32() -> None:
