@@ -27,6 +27,7 @@ from orchestrator.model.source import ModelSource, settings_key
 from orchestrator.model.support import check_architecture
 
 _LOCK_SECONDS = 4 * 3600
+_CPU = torch.device("cpu")
 
 
 def entry_key(source: ModelSource, quantization: QuantizationConfig, dtype: torch.dtype) -> str:
@@ -50,6 +51,7 @@ def ensure(
     store: Path,
     say: Callable[[str], None],
     shared: "SharedBases | None" = None,
+    device: torch.device = _CPU,
 ) -> Path:
     """The store's folder of this base, quantized now if no process has done so before.
 
@@ -61,6 +63,7 @@ def ensure(
         say: is told what takes long.
         shared: a store that other machines reach too; what is made here is put there, and what
             another machine has put there is fetched.
+        device: where it is quantized; bitsandbytes does it many times faster on a GPU.
 
     Raises:
         ModelError: the model cannot be read, or its architecture is not supported.
@@ -74,7 +77,7 @@ def ensure(
                     shared.fetch(entry)
                 if not _complete(entry):
                     say(f"Quantizing {source.name} to {quantization.type} (once; kept in {store})")
-                    _build(source, quantization, dtype, entry)
+                    _build(source, quantization, dtype, entry, device)
     if shared is not None:
         shared.put(entry)
     return entry
@@ -156,10 +159,14 @@ def _complete(entry: Path) -> bool:
 
 
 def _build(
-    source: ModelSource, quantization: QuantizationConfig, dtype: torch.dtype, entry: Path
+    source: ModelSource,
+    quantization: QuantizationConfig,
+    dtype: torch.dtype,
+    entry: Path,
+    device: torch.device,
 ) -> None:
     with _beside(entry) as folder:
-        _quantize(source, quantization, dtype, folder)
+        _quantize(source, quantization, dtype, folder, device)
         sizes = {p.name: p.stat().st_size for p in folder.iterdir() if p.is_file()}
         record = {"files": sizes, "dtype": str(dtype).removeprefix("torch."), "name": source.name}
         (folder / ENTRY).write_text(json.dumps(record, indent=1))
@@ -187,10 +194,12 @@ def _beside(entry: Path) -> Iterator[Path]:
 
 
 def _quantize(
-    source: ModelSource, quantization: QuantizationConfig, dtype: torch.dtype, folder: Path
+    source: ModelSource,
+    quantization: QuantizationConfig,
+    dtype: torch.dtype,
+    folder: Path,
+    device: torch.device,
 ) -> None:
-    # Quantized where it trains: bitsandbytes quantizes on a GPU many times faster.
-    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
     trust = source.trust_remote_code
     origin = _readable(source, dtype, folder / "dense")
     settings = None if quantization.type == "none" else bnb_config(quantization, dtype)

@@ -163,10 +163,10 @@ def open_ground(
     # machines fetch it from where it is shared.
     with world.together():
         if world.leads:
-            store.ensure(origin, job.quantization, dtype, bases_dir, say, shared)
+            store.ensure(origin, job.quantization, dtype, bases_dir, say, shared, device)
     with world.together():
         _check_alike(world, store.entry_key(origin, job.quantization, dtype), data)
-        entry = store.ensure(origin, job.quantization, dtype, bases_dir, say, shared)
+        entry = store.ensure(origin, job.quantization, dtype, bases_dir, say, shared, device)
         memory.keep_freed_memory()
         memory.reset_peak(device)
         base = bases.load(entry, device, job.model.trust_remote_code)
