@@ -4,7 +4,6 @@ Knows the job file's keys and what each may hold; imports neither torch nor Ray.
 defaults, then the file, then the command line. Nothing changes a config after it is made.
 """
 
-import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import unquote, urlsplit
@@ -86,10 +85,12 @@ def _workers(value: Any) -> Any:
 
 def _auto_or_share(value: Any) -> Any:
     if value == "auto" or (
-        isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+        isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
     ):
         return value
-    raise ValueError("give 'auto' or a number of GPUs, 0 or more")
+    raise ValueError(
+        "give 'auto' or a number of GPUs from 0 to 1: a worker trains on one; take more workers"
+    )
 
 
 _BESIDE_RUNS = ("mlflow.db", "mlartifacts")
@@ -260,6 +261,8 @@ class ClusterConfig(_Section):
     workers: Annotated[Literal["auto"] | int | tuple[int, int], BeforeValidator(_workers)] = "auto"
     """One worker per GPU; a number; or [min, max] for an elastic run."""
     gpus_per_worker: Annotated[Literal["auto"] | float, BeforeValidator(_auto_or_share)] = "auto"
+    """1, a share such as 0.5 where workers divide a GPU, or 0 to train on the CPU; `auto`: 1 where
+    there are GPUs."""
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1
     max_failures: Annotated[int, Field(ge=0)] = 3
     """Worker failures after which the run ends with exit status 1."""

@@ -42,9 +42,9 @@ def test_an_elastic_job_may_ask_for_more_than_there_is_but_not_as_its_least() ->
 
 
 def test_what_only_the_sum_of_the_nodes_could_hold_is_refused() -> None:
-    """Two GPUs on each of two nodes hold no worker of four."""
+    """Eight CPUs on each of two nodes hold no worker of sixteen."""
     small = Resources(cpus=8, gpus=2)
-    job = ClusterConfig(workers=1, gpus_per_worker=4)
+    job = ClusterConfig(workers=1, cpus_per_worker=16)
     with pytest.raises(RefusedError, match="whose nodes hold 0 of them"):
         plan_workers(job, [small, small], None, own=False)
     # An autoscaler may add a larger one.

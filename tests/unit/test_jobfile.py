@@ -45,6 +45,9 @@ def test_numbers_are_read_as_in_yaml_1_2(tmp_path: Path) -> None:
         ("training.gradient_checkpointing=true", "training", "gradient_checkpointing", True),
         ("training.max_grad_norm=null", "training", "max_grad_norm", None),
         ("training.learning_rate=2e-4", "training", "learning_rate", 2e-4),
+        ("cluster.gpus_per_worker=0.5", "cluster", "gpus_per_worker", 0.5),
+        ("cluster.gpus_per_worker=1", "cluster", "gpus_per_worker", 1),
+        ("cluster.gpus_per_worker=0", "cluster", "gpus_per_worker", 0),
         ("data.columns.the.question=Q", "data", "columns", {"the.question": "Q"}),
     ],
 )
@@ -74,6 +77,7 @@ def test_overrides(tmp_path: Path, override: str, section: str, key: str, value:
         ("cluster: {address: !x 5}", 5, ["cluster.address: a tagged value is not allowed"]),
         ("cluster: {address: }", 5, ["cluster.address: null is not allowed; give text"]),
         ("cluster: {gpus_per_worker: .inf}", 5, ["number of GPUs"]),
+        ("cluster: {gpus_per_worker: 2}", 5, ["trains on one; take more workers"]),
         ("tracking: {experiment: ''}", 5, ["tracking.experiment", "at least 1 character"]),
         ("lora: {dropout: 1.0}", 5, ["lora.dropout", "less than 1"]),
         ("training:\n\n  batch_size: 0", 7, ["training.batch_size", "0", "greater than 0"]),
