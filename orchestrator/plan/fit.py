@@ -31,14 +31,16 @@ STEP, MOST_TRIALS = 256, 64
 MOST_AT_ONCE = {True: 16, False: 2}
 # A budget that is chosen for the user leaves the allocator room for holes between its blocks.
 _FILLED = 0.9
+# Tokens of a short example where the data is not known.
+SHORT = 128
 
 
 @dataclass(frozen=True)
 class Need:
     """A job on a device.
 
-    longest: tokens of its longest example. most: tokens of all that a worker passes in a step,
-    where known.
+    longest: tokens of its longest example. short: of one of its short ones. most: tokens of all
+    that a worker passes in a step, where known.
     """
 
     shape: Shape
@@ -47,6 +49,7 @@ class Need:
     trials: int
     longest: int
     most: int | None = None
+    short: int = SHORT
 
 
 @dataclass(frozen=True)
@@ -139,10 +142,7 @@ class Settled:
     def _passes(self) -> list[Pass]:
         need, job, trials = self.need, self.need.job, self.need.trials
         layers = target_layers(need.shape, job.lora.target_modules)
-        rows = [self._row(need.longest)]
-        if not need.machine.cuda and need.longest > DENSE_LIMIT:
-            # A row of short examples alone keeps their attention's probabilities.
-            rows.append(self._row(DENSE_LIMIT))
+        rows = dict.fromkeys(self._row(length) for length in (need.longest, self._short))
         return [
             Pass(
                 lengths=row,
@@ -155,11 +155,23 @@ class Settled:
                 double_quant=job.quantization.double_quant,
                 dtype=self.dtype,
                 cuda=need.machine.cuda,
+                varlen=need.machine.cuda and need.machine.bfloat16,
                 products=self.products,
                 standing=() if need.machine.cuda else (4 * self.adapter_parameters,) * 2 * trials,
             )
             for row in rows
         ]
+
+    @property
+    def _short(self) -> int:
+        """Tokens of each example of a row that may hold more than one of the longest."""
+        need = self.need
+        if not need.machine.cuda:
+            # Those keep their attention's probabilities.
+            return min(need.longest, DENSE_LIMIT)
+        # CUDA's kernel takes memory for each example; a step has so many.
+        count = need.trials * largest_batch(need.job)
+        return min(need.longest, max(need.short, -(-self.tokens // count)))
 
     def _row(self, longest: int) -> tuple[int, ...]:
         """A full row of examples that are as long as they may be."""
@@ -228,7 +240,7 @@ def largest_batch(job: JobConfig) -> int:
 def _largest_tried(job: JobConfig, key: str, own: int) -> int:
     domain = job.sweep.search_space.get(key, {}) if job.sweep else {}
     values = [value for bounds in domain.values() for value in bounds]
-    return max([own, *(int(value) for value in values)])
+    return max([own, *(int(value) for value in values if value is not None)])
 
 
 def _fits(settled: Settled, filled: float = 1.0) -> bool:

@@ -20,8 +20,9 @@ class Pass:
     """A pass to be planned.
 
     lengths: tokens of the row's segments. targets: names of the layers with an adapter.
-    products: dtype of the matrix products. standing: bytes of each block of the optimizer's state,
-    which a CPU's heap holds too.
+    varlen: whether the GPU has torch's variable-length attention. products: dtype of the matrix
+    products. standing: bytes of each block of the optimizer's state, which a CPU's heap
+    holds too.
     """
 
     lengths: tuple[int, ...]
@@ -34,6 +35,7 @@ class Pass:
     double_quant: bool
     dtype: str
     cuda: bool
+    varlen: bool
     products: str
     standing: tuple[int, ...] = ()
 
@@ -127,6 +129,7 @@ def _run(shape: Shape, planned: Pass, depth: int) -> PassBytes:
             use_cache=False,
             segment_lengths=planned.lengths,
             planned_for_cuda=planned.cuda,
+            planned_varlen=planned.varlen,
         )
         hidden = output.last_hidden_state[0]
         picked = hidden.index_select(0, ids[0])

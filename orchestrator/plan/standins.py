@@ -178,27 +178,45 @@ def planned_attention(
     softcap: float | None = None,
     segment_lengths: tuple[int, ...] | None = None,
     planned_for_cuda: bool = False,
+    planned_varlen: bool = False,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """As `segmented_attention`: the same choice among the same four ways."""
+    varlen = planned_varlen and _takes_varlen(query, value)
     lengths = segment_lengths or (query.shape[2],)
     longest = max(lengths)
     window = None if sliding_window is None or sliding_window >= longest else sliding_window
     function: Any
-    if softcap is not None or (window is not None and not planned_for_cuda):
+    if softcap is not None or (window is not None and not varlen):
         return _masked(query, key, value, lengths, window, softcap), None
-    if planned_for_cuda:
+    if varlen:
         function = _Flash
-    elif longest <= DENSE_LIMIT:
+    elif not planned_for_cuda and longest <= DENSE_LIMIT:
         function = _DenseSegments
     else:
-        return _by_segment(query, key, value, lengths), None
+        return _by_segment(query, key, value, lengths, planned_for_cuda), None
     return function.apply(query[0], key[0], value[0], lengths)[None], None
 
 
-def _by_segment(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    flash: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    parts = [flash(q, k, v, 0.0, True)[0] for q, k, v in _split(query, key, value, lengths)]
+def _takes_varlen(query: Tensor, value: Tensor) -> bool:
+    """As `_has_varlen`, but for the GPU itself."""
+    width = query.shape[-1]
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    return half and width == value.shape[-1] and width <= 256 and width % 8 == 0
+
+
+def _by_segment(
+    query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], cuda: bool
+) -> Tensor:
+    kernel: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    options: dict[str, Any] = {"is_causal": True}
+    if cuda:
+        repeat = query.shape[1] // key.shape[1]
+        if repeat > 1:
+            key, value = (t.repeat_interleave(repeat, dim=1) for t in (key, value))
+        kernel = torch.ops.aten._scaled_dot_product_efficient_attention
+        options |= {"attn_bias": None, "compute_log_sumexp": True}
+    parts = [kernel(q, k, v, **options)[0] for q, k, v in _split(query, key, value, lengths)]
     return torch.cat(parts, dim=2).transpose(1, 2)
 
 
@@ -236,7 +254,8 @@ class _Flash(torch.autograd.Function):
     """torch's variable-length kernel: keeps its inputs, its output, and a float32 a row and head.
 
     FlashAttention-2 (arXiv 2307.08691, section 3.1); its backward pass accumulates the query's
-    gradient in float32.
+    gradient in float32, with 128 rows to spare after each segment (torch's flash_api.cpp,
+    mha_varlen_bwd).
     """
 
     @staticmethod
@@ -248,15 +267,22 @@ class _Flash(torch.autograd.Function):
         output = query.new_empty(tokens, heads, value.shape[-1])
         sums = query.new_empty(heads, tokens, dtype=torch.float32)
         ctx.save_for_backward(q, k, v, output, sums)
+        ctx.rows = tokens + 128 * len(lengths)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, _, sums = ctx.saved_tensors
-        accumulated = torch.empty_like(query, dtype=torch.float32)
-        repeated = [t.new_empty(query.shape[:2] + t.shape[2:]) for t in (key, value)]
+        _, heads, width = query.shape
+        multiple = 32 if width <= 128 else 64
+        width = -(-width // multiple) * multiple
+        accumulated = sums.new_empty(ctx.rows, heads, width)
+        dots = sums.new_empty(heads, ctx.rows)
+        # Key heads that serve several query heads have a gradient of each.
+        shared = heads != key.shape[1]
+        repeated = [t.new_empty(query.shape) for t in (key, value) if shared]
         grads = [torch.empty_like(t).transpose(0, 1) for t in (query, key, value)]
-        del accumulated, repeated, sums
+        del accumulated, dots, repeated, sums
         return (*grads, None)
 
 

@@ -142,6 +142,7 @@ def make_pass(shape: Shape, lengths: tuple[int, ...], **changes: Any) -> Pass:
         "double_quant": True,
         "dtype": "float32",
         "cuda": False,
+        "varlen": changes.get("cuda", False),
         "products": "float32",
     }
     return Pass(**{**values, **changes})
