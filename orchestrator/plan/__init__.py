@@ -4,13 +4,16 @@ Knows job files and transformers' model classes, which it builds on torch's meta
 nothing of the rooms that do the work. That it mirrors them is what its tests hold.
 """
 
+from orchestrator.plan.machine import Gpu, describe_gpu
 from orchestrator.plan.planner import Plan, plan_job, trials_that_fit, unfit_trial
 from orchestrator.plan.show import describe, refusal
 from orchestrator.plan.sizes import parse_bytes
 
 __all__ = [
+    "Gpu",
     "Plan",
     "describe",
+    "describe_gpu",
     "parse_bytes",
     "plan_job",
     "refusal",

@@ -227,6 +227,13 @@ def sharing(job: JobConfig) -> int:
     return max(1, round(1 / share)) if share != "auto" and 0 < share < 1 else 1
 
 
+def together(job: JobConfig) -> int:
+    """Workers of this job that share one GPU, at most."""
+    workers = job.cluster.workers
+    most = workers[1] if isinstance(workers, tuple) else workers
+    return sharing(job) if most == "auto" else min(sharing(job), most)
+
+
 def largest_rank(job: JobConfig) -> int:
     """The rank to plan for: the job's, or the largest that its sweep may try."""
     return _largest_tried(job, "lora.rank", job.lora.rank)

@@ -1,5 +1,8 @@
 """The device a plan is for: the one at hand, or a GPU of which only the memory is known."""
 
+import json
+import subprocess
+import sys
 from dataclasses import dataclass
 
 from orchestrator.plan.limits import free_bytes
@@ -11,6 +14,23 @@ CUDA_CONTEXT = 2**29
 # What the first step pages in on a CPU beyond the imports: code of the kernels, the compiled
 # products of oneDNN, the model's classes. 30 to 50 MiB in two Llama models of 8 layers.
 CPU_RUNTIME = 48 * 2**20
+_LOOK = (
+    "import json; from orchestrator.plan.machine import describe_gpu; gpu = describe_gpu();"
+    "print(json.dumps(gpu and vars(gpu)))"
+)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU as a process finds it.
+
+    free: bytes that are left to the workers of one run, contexts included. total: all it has.
+    bfloat16: whether it multiplies bfloat16 numbers.
+    """
+
+    free: int
+    total: int
+    bfloat16: bool
 
 
 @dataclass(frozen=True)
@@ -31,7 +51,12 @@ class Machine:
 
 
 def machine(
-    gpu_memory: int | None, gpus: int | None, cuda: bool | None = None, sharing: int = 1
+    gpu_memory: int | None,
+    gpus: int | None,
+    cuda: bool | None = None,
+    sharing: int = 1,
+    together: int = 1,
+    gpu: Gpu | None = None,
 ) -> Machine:
     """The device to plan for.
 
@@ -39,27 +64,55 @@ def machine(
         gpu_memory: bytes of a GPU that need not be here; None takes the device at hand.
         gpus: their number; None takes what is here.
         cuda: whether to train on the GPU at hand; None takes it where there is one.
-        sharing: processes of the job that share a device.
+        sharing: parts that a GPU is divided into, of whatever jobs.
+        together: processes of this run that share the device, this one included.
+        gpu: the GPU to train on where another process has looked at it; None looks here.
     """
     import torch
 
     here = torch.cuda.is_available() if cuda is None else cuda
-    count = gpus or (torch.cuda.device_count() if here else 1)
+    count = gpus or (max(1, torch.cuda.device_count()) if here else 1)
     if gpu_memory is not None:
         return Machine(True, gpu_memory // sharing, CUDA_CONTEXT, count, True, False)
-    return _this_gpu(count, sharing) if here else _this_cpu(count, sharing)
+    if not here:
+        return _this_cpu(count, together)
+    found = gpu or describe_gpu(together)
+    assert found is not None, "whoever asks for a GPU has one"
+    # Others' parts are gone from what is free already; what is free, this run's workers share.
+    memory = min(found.free // together, found.total // sharing)
+    return Machine(True, memory, CUDA_CONTEXT, count, found.bfloat16, gpu is None)
 
 
-def _this_gpu(count: int, sharing: int) -> Machine:
-    """What is free of the present GPU, and what this process holds of it already."""
+def describe_gpu(together: int = 1) -> Gpu | None:
+    """This process's GPU, in a look that leaves a context on it; None where it has none.
+
+    Args:
+        together: processes of the run that are on this GPU by now, this one included.
+    """
     import torch
 
+    if not torch.cuda.is_available():
+        return None
     free, total = torch.cuda.mem_get_info()
     allowed = int(torch.cuda.get_per_process_memory_fraction() * total)
-    memory = min(free + torch.cuda.memory_reserved(), allowed) // sharing
+    free = min(free + torch.cuda.memory_reserved(), together * allowed)
     fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    # The context of this process is there already, and no longer free.
-    return Machine(True, memory + CUDA_CONTEXT, CUDA_CONTEXT, count, fast, True)
+    # The contexts are there already, and no longer free.
+    return Gpu(free + together * CUDA_CONTEXT, total, fast)
+
+
+def look_at_gpu() -> Gpu | None:
+    """As `describe_gpu` from a process that ends with its look.
+
+    A context of a process that trains nothing would take memory from those that do.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    looked = subprocess.run([sys.executable, "-c", _LOOK], capture_output=True, text=True)
+    found = json.loads(looked.stdout) if looked.returncode == 0 else None
+    return found and Gpu(**found)
 
 
 def _this_cpu(count: int, sharing: int) -> Machine:

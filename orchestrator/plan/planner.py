@@ -14,9 +14,10 @@ from orchestrator.plan.fit import (
     most_tenants,
     settle,
     sharing,
+    together,
     trials_at_once,
 )
-from orchestrator.plan.machine import machine
+from orchestrator.plan.machine import Gpu, look_at_gpu, machine
 from orchestrator.plan.parts import WIDTH
 from orchestrator.plan.shapes import read_shape
 from orchestrator.plan.speed import Pace, pace
@@ -83,19 +84,17 @@ def plan_job(
     Raises:
         RefusedError: the model's shape is not to be had, or the settings contradict the device.
     """
-    workers = job.cluster.workers
-    count = gpus or (workers if isinstance(workers, int) else None)
-    if isinstance(workers, tuple):
-        count = gpus or workers[1]
     shape = read_shape(job.model)
-    device = machine(gpu_memory, count, sharing=sharing(job))
+    cuda = False if job.cluster.gpus_per_worker == 0 else None
+    count = gpus or _workers(job)
+    device = machine(gpu_memory, count, cuda, sharing(job), together(job))
     need = Need(shape, device, job, trials or 1, longest or job.data.max_length)
     if trials is None:
         need = replace(need, trials=_trials(need))
     return make_plan(need, calibrate)
 
 
-def trials_that_fit(job: JobConfig, cuda: bool) -> int:
+def trials_that_fit(job: JobConfig, cuda: bool, gpu: Gpu | None = None) -> int:
     """How many adapters at once fit the device at hand, of those that are wanted at a time.
 
     As many as are wanted where the device is not to be known.
@@ -103,15 +102,16 @@ def trials_that_fit(job: JobConfig, cuda: bool) -> int:
     Args:
         job: the sweep's job.
         cuda: whether it trains on GPUs; this machine may be one without.
+        gpu: what a worker's machine has, by `describe_gpu`; None looks at this machine's.
     """
-    need, wanted = _need_here(job, cuda), min(trials_at_once(job, cuda), MOST_TRIALS)
+    need, wanted = _need_here(job, cuda, gpu), min(trials_at_once(job, cuda), MOST_TRIALS)
     try:
         return wanted if need is None else most_tenants(need, wanted)
     except UnplannableError:
         return wanted
 
 
-def unfit_trial(job: JobConfig, cuda: bool) -> Plan | None:
+def unfit_trial(job: JobConfig, cuda: bool, gpu: Gpu | None = None) -> Plan | None:
     """The plan of one trial that does not fit the device at hand; None where it fits.
 
     None too where that is not to be known.
@@ -119,23 +119,33 @@ def unfit_trial(job: JobConfig, cuda: bool) -> Plan | None:
     Args:
         job: the trial's job.
         cuda: whether it trains on GPUs; this machine may be one without.
+        gpu: what a worker's machine has, by `describe_gpu`; None looks at this machine's.
     """
-    need = _need_here(job, cuda)
+    need = _need_here(job, cuda, gpu)
     if need is None or settle(need).total <= need.machine.memory:
         return None
     return make_plan(need, calibrate=False)
 
 
-def _need_here(job: JobConfig, cuda: bool) -> Need | None:
-    import torch
-
-    if cuda and not torch.cuda.is_available():
-        return None
+def _need_here(job: JobConfig, cuda: bool, gpu: Gpu | None) -> Need | None:
+    if cuda and gpu is None:
+        gpu = look_at_gpu()
+        if gpu is None:
+            return None
     try:
         shape = read_shape(job.model)
     except UnplannableError:
         return None
-    return Need(shape, machine(None, None, cuda, sharing(job)), job, 1, job.data.max_length)
+    device = machine(None, _workers(job), cuda, sharing(job), together(job), gpu)
+    return Need(shape, device, job, 1, job.data.max_length)
+
+
+def _workers(job: JobConfig) -> int | None:
+    """The job's workers, at most; None where the cluster decides."""
+    workers = job.cluster.workers
+    if workers == "auto":
+        return None
+    return workers[1] if isinstance(workers, tuple) else workers
 
 
 def _trials(need: Need) -> int:

@@ -105,9 +105,7 @@ def _plan(
     trials: int,
 ) -> Plan:
     shape, cuda = read_shape(model), device.type == "cuda"
-    # Workers of one machine without GPUs share its memory.
-    together = sharing(job) if cuda else -(-world.size // world.nodes)
-    here = machine(None, world.size, cuda, together)
+    here = machine(None, world.size, cuda, sharing(job), world.beside)
     return make_plan(Need(shape, here, job, trials, longest, most), calibrate=world.leads)
 
 

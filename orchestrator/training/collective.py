@@ -21,12 +21,20 @@ class World:
 
     Attributes:
         nodes: machines the workers run on.
+        beside: workers on this one's device, itself included.
         waited: seconds spent in `sum` so far, waiting for slower workers included.
         ask: flags of this worker that travel with every `sum`. A collective of their own would
             cost a trip around all workers; see `take_answers`.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, nodes: int = 1, tensors: Any = None) -> None:
+    def __init__(
+        self,
+        rank: int = 0,
+        size: int = 1,
+        nodes: int = 1,
+        tensors: Any = None,
+        beside: int | None = None,
+    ) -> None:
         """Of torch's default process group.
 
         Args:
@@ -34,9 +42,11 @@ class World:
             size: number of processes.
             nodes: machines they run on.
             tensors: the group that sums tensors on their device; None is the default group.
+            beside: processes on this one's device; None: as many on each node.
         """
         self.rank, self.size, self.nodes = rank, size, nodes
         self._tensors = tensors
+        self.beside = beside or -(-size // nodes)
         self.waited = 0.0
         self.ask: Callable[[], Sequence[bool]] = tuple
         self._answers: list[bool] = []
@@ -173,7 +183,8 @@ def join(rank: int, size: int, device: torch.device, node: str, timeout: float) 
     found: list[Any] = [None] * size
     tensors = None
     with _others_may_be_lost():
-        dist.all_gather_object(found, (device.type, node, _gpu(device)))
+        own = (device.type, node, _gpu(device))
+        dist.all_gather_object(found, own)
         kinds = {kind for kind, *_ in found}
         # NCCL takes no GPU twice; workers that share one sum through gloo.
         if kinds == {"cuda"} and len(set(found)) == size:
@@ -183,7 +194,8 @@ def join(rank: int, size: int, device: torch.device, node: str, timeout: float) 
             "cluster.gpus_per_worker: some workers see a GPU and some do not; Ray's GPUs must be "
             "real on all nodes or on none"
         )
-    return World(rank, size, len({name for _, name, _ in found}), tensors)
+    nodes = len({name for _, name, _ in found})
+    return World(rank, size, nodes, tensors, found.count(own))
 
 
 def _gpu(device: torch.device) -> str:

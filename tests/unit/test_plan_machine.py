@@ -1,0 +1,118 @@
+"""The GPU that a plan is for: looked at here, by another process, or on a worker's machine."""
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from orchestrator.plan import Gpu, describe_gpu, trials_that_fit, unfit_trial
+from orchestrator.plan import machine as machines
+from orchestrator.plan.fit import sharing, together, trials_at_once
+from orchestrator.plan.machine import CUDA_CONTEXT, machine
+from tests.unit.test_plan import GIB, make_job
+
+A100 = Gpu(free=40 * GIB, total=40 * GIB, bfloat16=True)
+BASE = "meta-llama/Llama-3.1-8B"
+# Nothing to search for.
+SET = {"tokens_per_pass": 256, "gradient_checkpointing": True}
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A GPU of 40 GiB to look at; its attributes say what is found."""
+    found = SimpleNamespace(free=30 * GIB, reserved=0, fraction=1.0)
+    cuda = {
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "mem_get_info": lambda: (found.free, 40 * GIB),
+        "memory_reserved": lambda: found.reserved,
+        "get_per_process_memory_fraction": lambda: found.fraction,
+        "is_bf16_supported": lambda including_emulation: True,
+    }
+    for name, function in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    return found
+
+
+def test_a_process_has_what_is_free_and_what_it_holds(gpu: SimpleNamespace) -> None:
+    gpu.reserved = 2 * GIB
+    assert describe_gpu() == Gpu(32 * GIB + CUDA_CONTEXT, 40 * GIB, True)
+    assert machine(None, None, True).memory == 32 * GIB + CUDA_CONTEXT
+    gpu.fraction = 0.5
+    assert machine(None, None, True).memory == 20 * GIB + CUDA_CONTEXT
+
+
+def test_who_shares_a_gpu_gets_a_part_of_what_the_others_left(gpu: SimpleNamespace) -> None:
+    # Another job has half of it, and this run has one worker for the other half.
+    gpu.free = 20 * GIB - CUDA_CONTEXT
+    assert machine(None, None, True, sharing=2, together=1).memory == 20 * GIB
+    # A job of one part has no more than that of an empty GPU.
+    gpu.free = 40 * GIB - CUDA_CONTEXT
+    assert machine(None, None, True, sharing=2, together=1).memory == 20 * GIB
+    # Two workers of this run, whose contexts are there by now.
+    gpu.free = 40 * GIB - 2 * CUDA_CONTEXT
+    assert machine(None, None, True, sharing=2, together=2).memory == 20 * GIB
+
+
+@pytest.mark.parametrize(
+    ("cluster", "parts", "own"),
+    [
+        ({}, 1, 1),
+        ({"gpus_per_worker": 0.5}, 2, 2),
+        ({"gpus_per_worker": 0.25, "workers": 2}, 4, 2),
+        ({"gpus_per_worker": 0.25, "workers": [1, 8]}, 4, 4),
+    ],
+)
+def test_a_gpu_has_no_more_workers_of_a_job_than_the_job_has(
+    cluster: dict[str, object], parts: int, own: int
+) -> None:
+    job = make_job(BASE, cluster=cluster)
+    assert (sharing(job), together(job)) == (parts, own)
+
+
+def test_trials_are_counted_for_the_gpu_of_a_workers_machine() -> None:
+    """The driver's own machine may have none."""
+    job = make_job(BASE, lora={"rank": 64}, sweep={"trials": 16})
+    assert trials_that_fit(job, True) == trials_at_once(job, True) == 16
+    small = Gpu(free=16 * GIB, total=16 * GIB, bfloat16=True)
+    assert 0 < trials_that_fit(job, True, small) < trials_that_fit(job, True, A100) <= 16
+
+
+def test_a_trial_is_refused_by_the_gpu_of_a_workers_machine() -> None:
+    job = make_job(BASE, lora={"rank": 256}, training=SET)
+    assert unfit_trial(job, True) is None
+    assert unfit_trial(job, True, A100) is None
+    plan = unfit_trial(job, True, Gpu(free=12 * GIB, total=16 * GIB, bfloat16=True))
+    assert plan is not None and not plan.fits
+    assert plan.gpu_bytes == 12 * GIB and plan.details["device"] == "cuda"
+    old = unfit_trial(job, True, Gpu(free=12 * GIB, total=16 * GIB, bfloat16=False))
+    assert old is not None and old.details["compute_dtype"] == "float16"
+
+
+def test_who_trains_nothing_looks_at_the_gpu_from_another_process(
+    gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A context would stay until this process ends."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: pytest.fail("looked here"))
+    job = make_job(BASE, lora={"rank": 64}, sweep={"trials": 16})
+
+    def answer(text: str, status: int = 0) -> None:
+        done = SimpleNamespace(stdout=text, returncode=status)
+        monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+
+    answer('{"free": 17179869184, "total": 17179869184, "bfloat16": true}\n')
+    assert trials_that_fit(job, True) == trials_that_fit(job, True, Gpu(16 * GIB, 16 * GIB, True))
+    answer("", status=1)
+    assert trials_that_fit(job, True) == 16
+
+
+def test_the_look_is_one_line_of_json() -> None:
+    """Of a machine without a GPU."""
+    done = subprocess.run(
+        [sys.executable, "-c", machines._LOOK], capture_output=True, text=True, check=True
+    )
+    found = describe_gpu()
+    assert json.loads(done.stdout) == (found and vars(found))
