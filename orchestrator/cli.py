@@ -102,7 +102,10 @@ def sweep(job: str, overrides: tuple[str, ...], as_json: bool) -> None:
 def plan(
     job: str, overrides: tuple[str, ...], gpu_memory: str | None, gpus: int | None, as_json: bool
 ) -> None:
-    """Say what JOB.yaml takes of a GPU, and whether it fits, without loading weights."""
+    """Say what JOB.yaml takes of a GPU, and whether it fits, without loading weights.
+
+    The exit status is 0 whether it fits or not; `fits` of the JSON object says which.
+    """
     with _ending(job, as_json):
         from orchestrator.jobfile import load_job
         from orchestrator.plan import describe, parse_bytes, plan_job

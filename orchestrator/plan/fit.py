@@ -4,8 +4,10 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import ceil, prod
 
 from orchestrator.config import JobConfig
+from orchestrator.plan.examples import Examples
 from orchestrator.plan.machine import Machine
 from orchestrator.plan.parts import (
     WIDTH,
@@ -40,7 +42,7 @@ class Need:
     """A job on a device.
 
     longest: tokens of its longest example. short: of one of its short ones. most: tokens of all
-    that a worker passes in a step, where known.
+    that a worker passes in a step, where known. examples: what is trained on, where known.
     """
 
     shape: Shape
@@ -50,6 +52,17 @@ class Need:
     longest: int
     most: int | None = None
     short: int = SHORT
+    examples: Examples | None = None
+
+    @property
+    def steps(self) -> int | None:
+        """Optimizer steps of a trial, at most; None where the data's size is not known."""
+        training = self.job.training
+        most = _largest_tried(self.job, "training.max_steps", training.max_steps or 0)
+        if most or self.examples is None:
+            return most or None
+        each = ceil(self.examples.count / largest_batch(self.job))
+        return max(1, ceil(training.epochs * each - 1e-9))
 
 
 @dataclass(frozen=True)
@@ -232,6 +245,16 @@ def together(job: JobConfig) -> int:
     workers = job.cluster.workers
     most = workers[1] if isinstance(workers, tuple) else workers
     return sharing(job) if most == "auto" else min(sharing(job), most)
+
+
+def all_trials(job: JobConfig) -> int:
+    """Trials of the job's sweep in all; one where it has none."""
+    sweep = job.sweep
+    if sweep is None:
+        return 1
+    if sweep.searcher == "grid":
+        return prod(len(values) for d in sweep.search_space.values() for values in d.values())
+    return sweep.trials
 
 
 def largest_rank(job: JobConfig) -> int:

@@ -6,6 +6,8 @@ from typing import Any
 from orchestrator.config import JobConfig
 from orchestrator.errors import UnplannableError
 from orchestrator.plan import advice as advices
+from orchestrator.plan.disk import disk_bytes
+from orchestrator.plan.examples import count_examples
 from orchestrator.plan.fit import (
     MOST_TRIALS,
     Need,
@@ -35,7 +37,8 @@ class Plan:
             includes the dequantized weight of that moment.
         concurrent_trials: how many adapters at once would fit, at most 64.
         tokens_per_pass: the job's token budget, or the best that fits.
-        disk_bytes: the quantized base, checkpoints and adapter.
+        disk_bytes: the quantized base and its shared copy, tokenized rows, checkpoints and
+            adapters, of all trials.
         advice: `--set` arguments, cheapest change first, that together make the job fit.
         details: further figures by name.
     """
@@ -88,7 +91,14 @@ def plan_job(
     cuda = False if job.cluster.gpus_per_worker == 0 else None
     count = gpus or _workers(job)
     device = machine(gpu_memory, count, cuda, sharing(job), together(job))
-    need = Need(shape, device, job, trials or 1, longest or job.data.max_length)
+    need = Need(
+        shape,
+        device,
+        job,
+        trials or 1,
+        longest or job.data.max_length,
+        examples=count_examples(job.data, job.model),
+    )
     if trials is None:
         need = replace(need, trials=_trials(need))
     return make_plan(need, calibrate)
@@ -161,14 +171,15 @@ def make_plan(need: Need, calibrate: bool = True) -> Plan:
     job, device, shape, trials = need.job, need.machine, need.shape, need.trials
     settled = settle(need)
     fits = settled.total <= device.memory
-    timing = pace(settled) if calibrate and device.at_hand else Pace(None, None)
+    timing = pace(settled) if calibrate and device.at_hand else Pace()
+    disk = disk_bytes(settled)
     return Plan(
         fits=fits,
         gpu_bytes=device.memory,
         per_gpu_bytes=settled.parts,
         concurrent_trials=most_tenants(need),
         tokens_per_pass=settled.tokens,
-        disk_bytes=sum(_disk(settled).values()),
+        disk_bytes=sum(disk.values()),
         advice=() if fits else advices.find(need),
         details={
             "model": job.model.base,
@@ -186,26 +197,19 @@ def make_plan(need: Need, calibrate: bool = True) -> Plan:
                 "dense": settled.base.dense,
             },
             "unquantized_experts_bytes": shape.experts * WIDTH[settled.dtype],
+            "activations_with_checkpointing": _activations(settled, True),
+            "activations_without_checkpointing": _activations(settled, False),
+            "logits_chunk_bytes": settled.passed.logits,
             "largest_dequantized_bytes": settled.largest_weight,
             "collective_bytes": settled.collective,
             "heap_holes_bytes": settled.passed.holes,
-            "disk": _disk(settled),
+            "disk": disk,
             "tokens_per_second": timing.tokens_per_second,
-            "seconds_at_most": timing.seconds_at_most,
+            "seconds": timing.seconds,
+            "seconds_rest_on": timing.rests_on,
         },
     )
 
 
-def _disk(settled: Settled) -> dict[str, int]:
-    """Bytes on disk by use: checkpoints hold float32 weights and the optimizer's state."""
-    job = settled.need.job
-    weights = 4 * settled.adapter_parameters
-    state = settled.parts["optimizer"] // settled.need.trials
-    # The best by eval loss is kept beside the newest.
-    kept = job.checkpoint.keep + (0 if job.data.validation is None else 1)
-    trials = max(settled.need.trials, 1)
-    return {
-        "base_store": settled.base.total,
-        "checkpoints": trials * kept * (weights + state),
-        "adapter": trials * weights,
-    }
+def _activations(settled: Settled, checkpointing: bool) -> int:
+    return replace(settled, checkpointing=checkpointing).parts["activations"]

@@ -1,5 +1,9 @@
 """A plan for a person."""
 
+import math
+from collections.abc import Iterator
+from typing import Any
+
 from orchestrator.plan.planner import Plan
 from orchestrator.plan.sizes import show_bytes
 
@@ -13,7 +17,24 @@ _WORDS = {
     "overhead": "framework",
     "total": "total",
 }
-_DISK = {"base_store": "4-bit base", "checkpoints": "checkpoints", "adapter": "adapter"}
+# Lines under a part: what it holds, or would hold.
+_WITHIN = {
+    "base": {"packed": "4-bit weights", "constants": "constants", "dense": "dense parts"},
+    "activations": {
+        "activations_with_checkpointing": "with checkpointing",
+        "activations_without_checkpointing": "without checkpointing",
+        "largest_dequantized_bytes": "dequantized layer",
+        "collective_bytes": "collective buffer",
+    },
+    "logits": {"logits_chunk_bytes": "a chunk"},
+}
+_DISK = {
+    "base_store": "base",
+    "shared_base": "its copy for other nodes",
+    "data": "tokenized data",
+    "checkpoints": "checkpoints",
+    "adapter": "adapters",
+}
 
 
 def describe(plan: Plan) -> str:
@@ -26,7 +47,9 @@ def describe(plan: Plan) -> str:
         f"{details['trainable_parameters'] / 1e6:.1f}M trained",
         f"{verdict}: {show_bytes(parts['total'])} of {show_bytes(plan.gpu_bytes)} on each {on}",
     ]
-    lines += [f"  {words:<20}{show_bytes(parts[name]):>12}" for name, words in _WORDS.items()]
+    for name, words in _WORDS.items():
+        lines.append(f"  {words:<24}{show_bytes(parts[name]):>12}")
+        lines += _within(details, name)
     experts = details["unquantized_experts_bytes"]
     if experts:
         lines.append(f"{show_bytes(experts)} of the base are fused experts, which stay unquantized")
@@ -37,12 +60,13 @@ def describe(plan: Plan) -> str:
     )
     if plan.concurrent_trials:
         lines.append(f"room for {_adapters(plan.concurrent_trials)} at once over this base")
-    disk = ", ".join(f"{show_bytes(size)} {_DISK[name]}" for name, size in details["disk"].items())
-    lines.append(f"disk: {disk}")
+    disk = [f"{show_bytes(size)} {_DISK[name]}" for name, size in details["disk"].items() if size]
+    lines.append(f"disk: {', '.join(disk)}")
     if details["tokens_per_second"]:
         pace = f"about {details['tokens_per_second']:.0f} tokens/s"
-        if details["seconds_at_most"]:
-            pace += f", {details['seconds_at_most'] / 60:.0f} minutes at most"
+        if details["seconds"]:
+            minutes = math.ceil(details["seconds"] / 60)
+            pace += f": {minutes} minutes of training for {details['seconds_rest_on']}"
         lines.append(pace)
     if not plan.fits:
         lines.append(_remedy(plan))
@@ -59,6 +83,13 @@ def refusal(plan: Plan) -> str:
         f"The job does not fit: it takes {show_bytes(parts['total'])} of the "
         f"{show_bytes(plan.gpu_bytes)} that each {on} has here ({listed}). {_remedy(plan)}"
     )
+
+
+def _within(details: dict[str, Any], part: str) -> Iterator[str]:
+    for name, words in _WITHIN.get(part, {}).items():
+        size = {**details, **details["base_bytes"]}[name]
+        if size:
+            yield f"    {words:<22}{show_bytes(size):>12}"
 
 
 def _adapters(count: int) -> str:

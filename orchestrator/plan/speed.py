@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass
 from functools import lru_cache
 
-from orchestrator.plan.fit import Settled
+from orchestrator.plan.fit import Settled, all_trials, largest_batch
 from orchestrator.plan.parts import target_layers
 
 # Share of the rate of matrix products that a step reaches; the rest goes to norms, attention,
@@ -15,22 +15,33 @@ _SHARE = 0.7
 
 @dataclass(frozen=True)
 class Pace:
-    """Tokens per second on all devices, and the job's seconds if every example were longest."""
+    """Tokens per second on all devices, and seconds of training all trials.
 
-    tokens_per_second: float | None
-    seconds_at_most: float | None
+    rests_on: what they train, in words.
+    """
+
+    tokens_per_second: float | None = None
+    seconds: float | None = None
+    rests_on: str | None = None
 
 
 def pace(settled: Settled) -> Pace:
     """Time the device's matrix products for a moment and divide."""
-    need, job = settled.need, settled.need.job
+    need = settled.need
     rate = product_rate(need.machine.cuda, settled.products, need.shape.hidden)
     speed = _SHARE * rate / operations(settled) * need.machine.gpus
-    steps = job.training.max_steps
+    trials, steps, examples = all_trials(need.job), need.steps, need.examples
     if steps is None:
-        return Pace(speed, None)
-    tokens = steps * job.training.batch_size * need.longest
-    return Pace(speed, tokens / speed)
+        return Pace(speed)
+    batch, length, sure = largest_batch(need.job), float(need.longest), "at most"
+    if examples is not None:
+        batch, sure = min(batch, examples.count), examples.sure
+        length = examples.tokens / examples.count
+    rests_on = f"{steps} steps of {batch} examples of {sure} {length:.0f} tokens"
+    if need.job.sweep is not None:
+        # However many train at a time, they share the devices.
+        rests_on = f"at most {trials} trials of {rests_on}"
+    return Pace(speed, trials * steps * batch * length / speed, rests_on)
 
 
 def operations(settled: Settled) -> float:

@@ -1,6 +1,6 @@
 """How many tokens go into one pass, and whether layers are recomputed: as the plan says."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from orchestrator.config import JobConfig, ModelConfig
 from orchestrator.errors import RefusedError, UnplannableError
+from orchestrator.plan.examples import Examples
 from orchestrator.plan.fit import STEP, Need, largest_batch, sharing
 from orchestrator.plan.machine import machine
 from orchestrator.plan.planner import Plan, make_plan
@@ -20,6 +21,8 @@ from orchestrator.training.events import Observer
 
 # Tokens of the shortest row that training could come down to.
 _LEAST = 16
+# A row of the data's shortest examples alone is not to be expected; of this share, it may be.
+_SHORT = 0.1
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,12 @@ def decide(
     """
     longest, most = int(lengths.max()), _most(job, lengths, world, trials)
     try:
-        plan = _plan(job, model, longest, most, device, world, trials)
+        need = replace(
+            _need(job, model, longest, most, device, world, trials),
+            short=int(np.quantile(lengths, _SHORT)),
+            examples=Examples(len(lengths), int(lengths.sum()), "exactly"),
+        )
+        plan = make_plan(need, calibrate=world.leads)
     except UnplannableError as error:
         observer.emit("warning", message=f"{error}. Training goes on without a plan of its memory")
         return _unplanned(job)
@@ -73,7 +81,8 @@ def check_before_download(job: JobConfig, device: torch.device, world: World, tr
     if Path(job.model.base).expanduser().exists():
         return
     try:
-        plan = _plan(job, job.model, _LEAST, _LEAST, device, world, trials)
+        need = _need(job, job.model, _LEAST, _LEAST, device, world, trials)
+        plan = make_plan(need, calibrate=False)
     except UnplannableError:
         # Whoever fetches the model says what is wrong with its name.
         return
@@ -95,7 +104,7 @@ def apply(budget: Budget, model: Any) -> None:
         model.activation_checkpointing_disable()
 
 
-def _plan(
+def _need(
     job: JobConfig,
     model: ModelConfig,
     longest: int,
@@ -103,10 +112,10 @@ def _plan(
     device: torch.device,
     world: World,
     trials: int,
-) -> Plan:
+) -> Need:
     shape, cuda = read_shape(model), device.type == "cuda"
     here = machine(None, world.size, cuda, sharing(job), world.beside)
-    return make_plan(Need(shape, here, job, trials, longest, most), calibrate=world.leads)
+    return Need(shape, here, job, trials, longest, most)
 
 
 def _most(job: JobConfig, lengths: NDArray[np.int64], world: World, trials: int) -> int:
