@@ -13,7 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from orchestrator.config import JobConfig
-from orchestrator.errors import OrchestratorError, RefusedError
+from orchestrator.errors import OrchestratorError, RefusedError, status_word
 from orchestrator.jobfile import dump_job, job_from_mapping, load_job
 from orchestrator.kept import check_run, check_sweep, finished_run, finished_sweep
 from orchestrator.places import cache_dir, is_uri, write_whole
@@ -50,7 +50,8 @@ def finetune(
 
     Returns:
         status, name, run_id, steps, tokens, initial_eval_loss, eval_loss, train_loss,
-        tokens_per_second, peak_memory_bytes, workers, restarts, adapter, model_version.
+        tokens_per_second, peak_memory_bytes, workers, restarts, adapter, model_version. A loss
+        that is no number is None.
 
     Raises:
         OrchestratorError: the job was refused, failed or was interrupted; see its exit_status.
@@ -91,7 +92,7 @@ def sweep(
         watch: a context manager made with the sweep's folder, open while it goes on.
 
     Returns:
-        status, run_id, seconds, trials, best, adapter, model_version.
+        status, name, run_id, seconds, trials, best, adapter, report, model_version.
 
     Raises:
         OrchestratorError: the sweep was refused, failed or was interrupted; see its exit_status.
@@ -140,7 +141,7 @@ def _sweep(
             conclude(job, run_dir, engine, observer, lambda: _registered(job, delivery))
         status = "finished"
     except OrchestratorError as raised:
-        status = "interrupted" if raised.exit_status == 130 else "failed"
+        status = status_word(raised.exit_status)
         error = str(raised)
         raise
     except KeyboardInterrupt:
@@ -188,7 +189,7 @@ def _run(
         results["adapter"] = place.adapter
         status = "finished"
     except OrchestratorError as raised:
-        status = "interrupted" if raised.exit_status == 130 else "failed"
+        status = status_word(raised.exit_status)
         error = str(raised)
         raise
     except KeyboardInterrupt:
@@ -209,11 +210,18 @@ def _run(
         "status": status,
         "name": job.name,
         "run_id": report.run_id,
-        **results,
+        **_plain(results),
         "model_version": report.model_version,
     }
     write_whole(run_dir / "result.json", json.dumps(complete, indent=1))
     return complete
+
+
+def _plain(results: dict[str, Any]) -> dict[str, Any]:
+    """The results without losses that are no numbers: JSON has no word for them but null."""
+    from orchestrator.sweep.report.table import finite
+
+    return {name: finite(v) if isinstance(v, float) else v for name, v in results.items()}
 
 
 def _keep_failure(

@@ -14,6 +14,8 @@ _SET = click.option(
     "--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Override a key of the job file."
 )
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+# What `ui` needs of a command's overrides to find the same store.
+_OF_THE_STORE = ("name", "output_dir", "tracking", "tracking.uri")
 
 
 def command(arguments: list[str] | None = None, program: str | None = None) -> None:
@@ -55,14 +57,10 @@ def finetune(job: str, overrides: tuple[str, ...], local: bool, as_json: bool) -
                 watch=lambda run_dir: watching(run_dir, console),
             )
     if as_json:
-        from orchestrator.sweep.report.table import finite
-
-        # JSON has no word for a loss that is no number.
-        written = {n: finite(v) if isinstance(v, float) else v for n, v in results.items()}
-        click.echo(json.dumps(written))
+        click.echo(json.dumps(results))
     from orchestrator.summary import show
 
-    show(resolved, job, results, console)
+    show(resolved, _ui_command(job, overrides), results, console)
 
 
 @main.command()
@@ -90,7 +88,7 @@ def sweep(job: str, overrides: tuple[str, ...], as_json: bool) -> None:
         click.echo(json.dumps(results))
     from orchestrator.summary import show_sweep
 
-    show_sweep(resolved, job, results, console)
+    show_sweep(resolved, _ui_command(job, overrides), results, console)
 
 
 @main.command()
@@ -150,6 +148,18 @@ def ui(job: str, overrides: tuple[str, ...], port: int) -> None:
     os.execve(command[0], command, {**os.environ, **ui_environment(resolved)})
 
 
+def _ui_command(job: str, overrides: tuple[str, ...]) -> str:
+    """The command that opens the MLflow UI over the job's store, without secrets."""
+    import shlex
+
+    from orchestrator.tracking.secrets import redact
+
+    # `make` puts the program in no folder of PATH; a submitted script has no `ui`.
+    program = sys.argv[0] if sys.argv[0].endswith("orchestrator") else "orchestrator"
+    kept = [text for text in overrides if text.partition("=")[0] in _OF_THE_STORE]
+    return shlex.join(map(redact, [program, "ui", job, *(f"--set={text}" for text in kept)]))
+
+
 def _console() -> Any:
     """Where people read: stderr. In a file, such as a submitted job's log, no line is folded."""
     from rich.console import Console
@@ -180,7 +190,8 @@ def _end(status: int, message: str, as_json: bool, job: str) -> NoReturn:
     """Say why on stderr, and with `--json` in one object too; leave with the status."""
     click.echo(f"orchestrator: {message}", err=True)
     if as_json:
-        word = {2: "refused", 130: "interrupted"}.get(status, "failed")
-        results: dict[str, Any] = {"status": word, "job": job, "error": message}
+        from orchestrator.errors import status_word
+
+        results = {"status": status_word(status), "job": job, "error": message}
         click.echo(json.dumps(results))
     sys.exit(status)

@@ -57,6 +57,11 @@ class WorkerLostError(Exception):
     """
 
 
+def status_word(exit_status: int) -> str:
+    """How a command ended that did not finish: `refused`, `interrupted` or `failed`."""
+    return {2: "refused", 130: "interrupted"}.get(exit_status, "failed")
+
+
 def first_line(error: BaseException) -> str:
     """The first line of a foreign error's message; its class where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

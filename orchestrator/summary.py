@@ -25,7 +25,7 @@ _TRIALS_SHOWN = 20
 _ERRORS_SHOWN = 3
 
 
-def show(job: JobConfig, job_file: str, results: dict[str, Any], console: Console) -> None:
+def show(job: JobConfig, ui_command: str, results: dict[str, Any], console: Console) -> None:
     """Eval loss and answers before and after, where the adapter lies, how to open the UI."""
     _show_samples(job.run_dir / "samples.jsonl", console)
     before, after = results.get("initial_eval_loss"), results.get("eval_loss")
@@ -43,10 +43,10 @@ def show(job: JobConfig, job_file: str, results: dict[str, Any], console: Consol
         console.print(
             f"Registered   {job.tracking.registered_model}, version {results['model_version']}"
         )
-    console.print(f"MLflow UI    orchestrator ui {job_file}", soft_wrap=True, markup=False)
+    console.print(f"MLflow UI    {ui_command}", soft_wrap=True, markup=False)
 
 
-def show_sweep(job: JobConfig, job_file: str, results: dict[str, Any], console: Console) -> None:
+def show_sweep(job: JobConfig, ui_command: str, results: dict[str, Any], console: Console) -> None:
     """The trials, best first, the best one's job file and adapter, how to open the UI."""
     assert job.sweep is not None
     metric, mode, best = job.sweep.metric, job.sweep.mode, results["best"]
@@ -71,7 +71,7 @@ def show_sweep(job: JobConfig, job_file: str, results: dict[str, Any], console: 
         console.print(
             f"Registered   {job.tracking.registered_model}, version {results['model_version']}"
         )
-    console.print(f"MLflow UI    orchestrator ui {job_file}", soft_wrap=True, markup=False)
+    console.print(f"MLflow UI    {ui_command}", soft_wrap=True, markup=False)
 
 
 def _trial_table(name: str, metric: str, trials: list[dict[str, Any]], best: str) -> Table:
@@ -134,7 +134,5 @@ def _alike(texts: list[str]) -> int:
 
 
 def _short(text: str | None) -> str:
-    from rich.markup import escape
-
     flat = " ".join((text or "").split())
-    return escape(flat if len(flat) <= 160 else f"{flat[:78]} ... {flat[-78:]}")
+    return flat if len(flat) <= 160 else f"{flat[:78]} ... {flat[-78:]}"

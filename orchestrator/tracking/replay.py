@@ -23,6 +23,7 @@ _STATUSES = {
     "finished": "FINISHED",
     "stopped": "FINISHED",
     "failed": "FAILED",
+    "refused": "FAILED",
     "interrupted": "KILLED",
 }
 _LONGEST_DIGEST = 36

@@ -192,6 +192,10 @@ def test_refusals_come_before_any_work(
     bad.write_text('{"question": "a", "answer": "b"}\n{"question": "a"\n')
     data = commands.call("finetune", job, "--set", f"data.train={bad}", "--local")
     assert data.status == 2 and "bad.jsonl:2" in data.err.replace("\n", "")
+    run_dir = tmp_path / "runs" / "tiny"
+    run = _client(run_dir).get_run(_result(run_dir)["run_id"])
+    assert _result(run_dir)["status"] == run.data.tags["state"] == "refused"
+    assert run.info.status == "FAILED"
     missing = commands.call("finetune", job, "--set", "model.base=./nothing", "--local")
     assert missing.status == 2 and "model.base" in missing.err
     assert not list((tmp_path / "runs").glob("*/checkpoints"))

@@ -27,7 +27,7 @@ def _told(tmp_path: Path, trials: list[Trained], space: dict = SPACE) -> list[st
         "model_version": "3",
     }
     console = Console(file=io.StringIO(), width=110)
-    show_sweep(job, "job.yaml", results, console)
+    show_sweep(job, "bin/orchestrator ui job.yaml", results, console)
     return console.file.getvalue().splitlines()
 
 
@@ -50,6 +50,7 @@ def test_the_best_comes_first_and_everything_is_named(tmp_path: Path) -> None:
     assert "abc_00003 failed: no layer is named [bold]x[/bold]" in text
     for name in ("best.yaml", "search/adapter", "report.html", "searched, version 3"):
         assert name in text
+    assert "MLflow UI    bin/orchestrator ui job.yaml" in text
 
 
 def test_many_trials_are_cut_to_the_best(tmp_path: Path) -> None:

@@ -297,6 +297,16 @@ def test_the_end_puts_the_best_in_the_sweeps_folder(tmp_path: Path) -> None:
     assert events["files"]["tables"] == ["trials.json"]
     found = results(job, job.run_dir, "finished", 9.0, "run", "3")
     json.loads(json.dumps(found), parse_constant=_refuse)
+    assert set(found) == {
+        "status", "name", "run_id", "seconds", "trials", "best", "adapter", "report",
+        "model_version",
+    }  # fmt: skip
+    fields = {
+        "trial_id", "run_id", "params", "status", "steps", "eval_loss", "perplexity", "train_loss",
+        "tokens", "tokens_per_second", "seconds", "error",
+    }  # fmt: skip
+    assert all(set(trial) == fields for trial in found["trials"])
+    assert set(found["best"]) == fields | {"job"}
     assert Path(found["report"]).name == "report.html" and Path(found["report"]).exists()
     assert "searched, version 3" in Path(found["report"]).read_text()
     text = Path(found["best"]["job"]).read_text()
