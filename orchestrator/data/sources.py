@@ -230,7 +230,7 @@ def _read_parquet(file: Path) -> Iterator[Row]:
 
 
 def _looks_like_hub(name: str) -> bool:
-    """`owner/name`, with an optional `:split`, where no such path is here."""
+    """`owner/name`, with an optional `:split` or `:config:split`, where no such path is here."""
     path = Path(name).expanduser()
     if path.exists() or path.suffix.lower() in _SUFFIXES or name.startswith((".", "/", "~")):
         return False
@@ -240,17 +240,22 @@ def _looks_like_hub(name: str) -> bool:
 def _load_hub(name: str, key: str) -> Any:
     import datasets
 
-    repository, _, split = name.partition(":")
+    repository, _, wanted = name.partition(":")
+    config, colon, split = wanted.partition(":")
+    if not colon or "[" in config:
+        # A split may be a slice with a colon of its own, such as train[:1000].
+        config, split = "", wanted
     try:
-        return datasets.load_dataset(repository, split=split or "train")
+        return datasets.load_dataset(repository, config or None, split=split or "train")
     except Exception as error:
         # Whatever a loader of a foreign data set raises, the user can do the same about it.
         near = _nearest(Path(name)) or "."
         first = first_line(error)
         raise DataError(
             f"{key}: {name} is no path here{near} It could not be loaded from the hub "
-            f"either ({first}). Check the name, the split (owner/name:split), HF_TOKEN and the "
-            "network, or give a local file such as ./train.jsonl"
+            f"either ({first}). Check the name, the split (owner/name:split; of a data set with "
+            "several configurations, owner/name:config:split), HF_TOKEN and the network, or give a "
+            "local file such as ./train.jsonl"
         ) from error
 
 

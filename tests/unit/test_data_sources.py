@@ -252,3 +252,62 @@ def test_a_hub_id_that_cannot_be_reached(
         prepare(config, tokenizer, tmp_path / "cache")
     assert "no route to host" in str(caught.value) and "local file" in str(caught.value)
     assert "much more" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "config", "split"),
+    [
+        ("owner/rows", None, "train"),
+        ("owner/rows:test", None, "test"),
+        ("owner/rows:main:test", "main", "test"),
+        ("owner/rows:main:", "main", "train"),
+        ("owner/rows:train[:50%]", None, "train[:50%]"),
+        ("owner/rows:main:train[:50%]", "main", "train[:50%]"),
+    ],
+)
+def test_a_hub_id_names_its_split_and_its_configuration(
+    tmp_path: Path,
+    tokenizer: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    source: str,
+    config: str | None,
+    split: str,
+) -> None:
+    import datasets
+
+    asked = []
+
+    def load(repository: str, name: str | None, *, split: str) -> Any:
+        asked.append((repository, name, split))
+        return datasets.Dataset.from_list([GOOD, {"question": "blue", "answer": "dog"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    data = prepare(DataConfig(train=source, validation=None), tokenizer, tmp_path / "cache")
+    assert asked == [("owner/rows", config, split)]
+    assert (data.format, len(data.train)) == ("question_answer", 2)
+    assert data.summary().startswith(f"Data {source}: ")
+
+
+def test_a_data_set_with_several_configurations_wants_one_named(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As openai/gsm8k is laid out, from a folder instead of the hub."""
+    import datasets
+
+    real, folder, about = datasets.load_dataset, tmp_path / "rows", ["---", "configs:"]
+    for name in ("main", "socratic"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "train.jsonl").write_text(json.dumps({**GOOD, "answer": name}) + "\n")
+        about += [f"- config_name: {name}", f"  data_files: {name}/train.jsonl"]
+    (folder / "README.md").write_text("\n".join([*about, "---", ""]))
+
+    def load(repository: str, *arguments: Any, **options: Any) -> Any:
+        return real(str(folder), *arguments, **options, cache_dir=str(tmp_path / "hub"))
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    config = DataConfig(train="owner/rows:socratic:train", validation=None)
+    data = prepare(config, tokenizer, tmp_path / "cache")
+    assert "socratic" in tokenizer.decode(data.train[0].ids)
+    unnamed = config.model_copy(update={"train": "owner/rows:train"})
+    with pytest.raises(DataError, match=r"Config name is missing.*owner/name:config:split"):
+        prepare(unnamed, tokenizer, tmp_path / "cache")
