@@ -66,7 +66,7 @@ $(VENV)/.bench: $(VENV)/.model
 	touch $@
 
 bench: $(VENV)/.bench ## Measure the step and a sweep beside TRL, and several workers; prints one JSON line
-	$(BIN)/python -m tests.benchmarks
+	@$(BIN)/python -m tests.benchmarks
 
 clean: ## Remove what the targets made, except the runs
 	rm -rf $(VENV) .demo .mypy_cache .pytest_cache .ruff_cache

@@ -1,7 +1,10 @@
 r"""What `ray job submit` starts for a fine-tune; takes the arguments of `orchestrator finetune`.
 
 ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- \
-    python jobs/finetune.py JOB.yaml
+    python jobs/finetune.py JOB.yaml --set output_dir=/mnt/shared/runs
+
+Ray deletes the working directory that was sent when the job ends: an output_dir inside it is
+refused.
 """
 
 import sys

@@ -165,6 +165,7 @@ class LoraConfig(_Section):
     """The adapter."""
 
     rank: PositiveInt = 16
+    """Width of the two matrices beside each adapted layer."""
     alpha: Annotated[float, Field(gt=0)] = 32
     """The adapter's output is scaled by alpha / rank (alpha / sqrt(rank) with rslora)."""
     dropout: Share = 0.0
@@ -174,18 +175,21 @@ class LoraConfig(_Section):
     ] = "all-linear"
     """Linear layers that get an adapter, by name; `all-linear`: all but the output head."""
     rslora: bool = False
+    """Scale by alpha / sqrt(rank), so that a high rank learns as fast as a low one."""
 
 
 class DataConfig(_Section):
     """What is trained on."""
 
     train: Annotated[Source, BeforeValidator(_one_or_many)]
-    """File(s) of jsonl, json, csv or parquet, a folder of them, or a hub id."""
+    """File(s) of jsonl, json, csv or parquet, a folder of them, or a hub id: owner/name,
+    owner/name:split or owner/name:config:split."""
     validation: Annotated[float | Source | None, BeforeValidator(_validation)] = 0.05
     """A share of the training rows, a source of its own, or null for none."""
     format: Literal[
         "auto", "messages", "prompt_completion", "alpaca", "sharegpt", "question_answer", "text"
     ] = "auto"
+    """What the columns mean; `auto` chooses by their names."""
     columns: dict[str, str] = {}
     """Maps a format's column to the data's own name, such as {question: Q, answer: A}."""
     max_length: Annotated[int, Field(ge=2)] = 2048
@@ -202,19 +206,24 @@ class TrainingConfig(_Section):
     """The optimization."""
 
     epochs: Annotated[float, Field(gt=0)] = 3
+    """Passes over the training examples; a part of one is allowed."""
     max_steps: PositiveInt | None = None
     """Optimizer steps; overrides epochs."""
     batch_size: PositiveInt = 16
     """Sequences per optimizer step, over all workers."""
     learning_rate: Annotated[float, Field(gt=0)] = 2.0e-4
+    """The rate after warm-up, from which scheduler goes on."""
     scheduler: Literal["constant", "linear", "cosine"] = "constant"
     """Shape of the learning rate after warm-up; linear and cosine end at 0."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the rate rises to learning_rate."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled, as in AdamW: each step shrinks the adapter by learning_rate times this."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 0.3
     """Gradients are scaled down to this global norm; null switches clipping off."""
     optimizer: Literal["auto", "adamw", "paged_adamw", "paged_adamw_8bit"] = "auto"
-    """`auto` takes paged AdamW on CUDA and torch's AdamW on the CPU."""
+    """`auto` takes paged AdamW on CUDA, torch's AdamW on the CPU and for trials that share a base:
+    adapters come and go there, and bitsandbytes never frees what it has paged."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Decides the adapter's first weights, the order of the data and dropout."""
     tokens_per_pass: Annotated[Literal["auto"] | int, BeforeValidator(_auto_or_positive_int)] = (
@@ -257,13 +266,15 @@ class ClusterConfig(_Section):
     """Where the job runs."""
 
     address: str = "auto"
-    """A Ray address; `auto` joins the cluster this machine belongs to, or starts Ray here."""
+    """A Ray address; `auto` joins the cluster this machine belongs to, or starts Ray here; `local`
+    starts Ray here in any case."""
     workers: Annotated[Literal["auto"] | int | tuple[int, int], BeforeValidator(_workers)] = "auto"
     """One worker per GPU; a number; or [min, max] for an elastic run."""
     gpus_per_worker: Annotated[Literal["auto"] | float, BeforeValidator(_auto_or_share)] = "auto"
     """1, a share such as 0.5 where workers divide a GPU, or 0 to train on the CPU; `auto`: 1 where
     there are GPUs."""
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1
+    """CPUs that Ray gives each worker."""
     max_failures: Annotated[int, Field(ge=0)] = 3
     """Worker failures after which the run ends with exit status 1."""
     collective_timeout: Annotated[float, Field(gt=0)] = 600
@@ -277,6 +288,7 @@ class TrackingConfig(_Section):
     """An MLflow tracking URI; null keeps a SQLite store under output_dir, or in this machine's
     copy of it where that is a URI."""
     experiment: Annotated[str, Field(min_length=1)] = "default"
+    """The MLflow experiment that the run belongs to; made where it is not there."""
     registered_model: Annotated[str, AfterValidator(_model_name)] | None = None
     """Register the adapter under this name; alias `champion` marks the best by eval loss."""
 
@@ -312,13 +324,18 @@ class SweepConfig(_Section):
     """The search; `finetune` leaves it alone."""
 
     trials: PositiveInt = 16
+    """How many values of search_space are tried; a grid must have no more points."""
     search_space: Annotated[dict[str, dict[str, list[Any]]], BeforeValidator(_search_space)] = {}
-    """Keys of the job file, each with choice or grid and a list of values, or with uniform,
-    loguniform, int or logint and [low, high]; both ends belong to it."""
+    """Keys of model, quantization, lora, data and training, each with choice or grid and a list of
+    values, or with uniform, loguniform, int or logint and [low, high]; both ends belong to it."""
     points: Annotated[tuple[dict[str, Any], ...], BeforeValidator(_points)] = ()
     """Trials to begin with: a value for each key of search_space."""
     searcher: Literal["optuna", "random", "grid"] = "optuna"
+    """Who proposes values: Optuna, learning from the trials before; chance; or every combination of
+    listed values once."""
     scheduler: Literal["asha", "pbt", "none"] = "asha"
+    """`asha` ends the worse trials at their evaluations; `pbt` lets them go on from a better one's
+    checkpoint with another learning rate; `none` trains all to their end."""
     metric: Literal["eval_loss", "perplexity", "train_loss", "tokens_per_second"] = "eval_loss"
     """What trials are compared by, as of their last evaluation."""
     mode: Literal["min", "max"] = "min"

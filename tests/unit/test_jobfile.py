@@ -1,5 +1,6 @@
 """Job files: what is read, what is refused, and in which words."""
 
+import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -7,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from orchestrator import config
 from orchestrator.config import JobConfig
 from orchestrator.errors import JobFileError
 from orchestrator.identity import changed_keys
@@ -252,6 +254,23 @@ def test_shipped_jobs_parse_and_survive_a_round_trip(tmp_path: Path) -> None:
         job = load_job(file)
         (tmp_path / "again.yaml").write_text(dump_job(job))
         assert load_job(tmp_path / "again.yaml") == job
+
+
+def test_the_job_file_of_the_readme_is_one(tmp_path: Path) -> None:
+    text = (JOBS.parent / "README.md").read_text()
+    job, sweep = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    assert _load(tmp_path, job + sweep).sweep is not None
+
+
+def test_every_key_says_what_it_means() -> None:
+    sections = [kind for kind in vars(config).values() if isinstance(kind, type(JobConfig))]
+    silent = [
+        f"{section.__name__}.{name}"
+        for section in sections
+        for name, field in section.model_fields.items()
+        if field.description is None and "Config" not in str(field.annotation)
+    ]
+    assert len(sections) > 8 and silent == []
 
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=80)
