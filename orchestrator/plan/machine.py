@@ -14,6 +14,7 @@ CUDA_CONTEXT = 2**29
 # What the first step pages in on a CPU beyond the imports: code of the kernels, the compiled
 # products of oneDNN, the model's classes. 30 to 50 MiB in two Llama models of 8 layers.
 CPU_RUNTIME = 48 * 2**20
+_LOOK_SECONDS = 120
 _LOOK = (
     "import json; from orchestrator.plan.machine import describe_gpu; gpu = describe_gpu();"
     "print(json.dumps(gpu and vars(gpu)))"
@@ -110,8 +111,14 @@ def look_at_gpu() -> Gpu | None:
 
     if not torch.cuda.is_available():
         return None
-    looked = subprocess.run([sys.executable, "-c", _LOOK], capture_output=True, text=True)
-    found = json.loads(looked.stdout) if looked.returncode == 0 else None
+    command = [sys.executable, "-c", _LOOK]
+    try:
+        looked = subprocess.run(
+            command, capture_output=True, text=True, timeout=_LOOK_SECONDS, check=True
+        )
+    except subprocess.SubprocessError:
+        return None
+    found = json.loads(looked.stdout)
     return found and Gpu(**found)
 
 

@@ -12,11 +12,12 @@ from orchestrator.cluster.plan import WorkerPlan, plan_workers
 from orchestrator.cluster.session import Session, check_kept, session
 from orchestrator.config import JobConfig
 from orchestrator.errors import InterruptedRunError, OrchestratorError
-from orchestrator.plan import refusal, unfit_trial
+from orchestrator.plan import Gpu, refusal, unfit_trial
 from orchestrator.sweep import places, space
 from orchestrator.sweep.background import Background
 from orchestrator.sweep.fitting import leave_out
 from orchestrator.sweep.launch import RunningEngine
+from orchestrator.sweep.look import look_at_gpu
 from orchestrator.sweep.outcome import best_trial, outcomes
 from orchestrator.sweep.trial import Context, engine_folder
 from orchestrator.sweep.tuner import make_tuner
@@ -81,9 +82,9 @@ def run(job: JobConfig, run_dir: Path, say: Callable[[str], None]) -> dict[str, 
         check_kept(run_dir)
         if space.is_shared(job):
             plan = plan_workers(job.cluster, here.nodes, here.most, here.own)
-            on_gpu = plan.gpus > 0
-            job = leave_out(job, partial(_reason, on_gpu), say)
-            count = places.shared(job, on_gpu)
+            on_gpu, gpu = plan.gpus > 0, look_at_gpu(plan, run_dir) if plan.gpus else None
+            job = leave_out(job, partial(_reason, on_gpu, gpu), say)
+            count = places.shared(job, on_gpu, gpu)
             _tell_places(run_dir, count)
             sweep = _Sweep(job, run_dir, here, plan, count, say)
             say(f"{sweep.places} trials at a time share one base on {plan.least} worker(s)")
@@ -94,10 +95,10 @@ def run(job: JobConfig, run_dir: Path, say: Callable[[str], None]) -> dict[str, 
         return _isolated(_Sweep(job, run_dir, here, plan, count, say))
 
 
-def _reason(on_gpu: bool, job: JobConfig) -> str | None:
+def _reason(on_gpu: bool, gpu: Gpu | None, job: JobConfig) -> str | None:
     """Why a trial's job cannot be trained here, if so."""
     try:
-        plan = unfit_trial(job.model_copy(update={"sweep": None}), on_gpu)
+        plan = unfit_trial(job.model_copy(update={"sweep": None}), on_gpu, gpu)
     except OrchestratorError:
         # A trial that cannot be at all, such as one of a layer that is not there, fails by itself.
         return None

@@ -4,20 +4,21 @@ from orchestrator.cluster.plan import Resources, WorkerPlan, plan_workers
 from orchestrator.cluster.session import Session
 from orchestrator.config import JobConfig, SweepConfig
 from orchestrator.errors import RefusedError
-from orchestrator.plan import trials_that_fit
+from orchestrator.plan import Gpu, trials_that_fit
 from orchestrator.plan.fit import trials_at_once
 
 
-def shared(job: JobConfig, on_gpu: bool) -> int:
+def shared(job: JobConfig, on_gpu: bool, gpu: Gpu | None) -> int:
     """Trials at a time as tenants of one base.
 
     Args:
         job: the sweep's.
         on_gpu: whether the workers have GPUs.
+        gpu: what such a GPU has, where one was looked at.
     """
     if _sweep(job).concurrent != "auto":
         return trials_at_once(job, on_gpu)
-    return max(1, trials_that_fit(job, on_gpu))
+    return max(1, trials_that_fit(job, on_gpu, gpu))
 
 
 def isolated(job: JobConfig, here: Session) -> tuple[WorkerPlan, int]:

@@ -319,7 +319,7 @@ class Host:
 
 
 def _unpaged(job: JobConfig) -> JobConfig:
-    """Adapters come and go, and bitsandbytes never frees what it has paged."""
+    """Adapters come and go, and paged memory would come and go with them, slowly."""
     if job.training.optimizer != "auto":
         return job
     training = job.training.model_copy(update={"optimizer": "adamw"})

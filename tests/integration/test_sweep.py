@@ -306,6 +306,25 @@ def test_an_interrupted_sweep_goes_on_and_leaves_nothing_behind(
 
 
 @pytest.mark.cluster
+def test_a_sweep_looks_at_the_gpus_of_its_workers(
+    commands: Commands, job_file: JobFile, tmp_path: Path
+) -> None:
+    """Here they are GPUs in Ray's books only: nothing is known of them, and the sweep goes on."""
+    cluster = RayCluster(tmp_path / "cluster")
+    try:
+        cluster.add(cpus=2, gpus=1)
+        where = f"--set=cluster.address={cluster.address}"
+        job = _job(job_file, "looks", trials=2)
+        ended = commands.run("sweep", job, where, "--json", **cluster.environment)
+        assert ended.status == 0, ended.err
+        assert "2 trials at a time share one base on 1 worker(s)" in ended.err
+        assert [trial["steps"] for trial in ended.result["trials"]] == [12, 12]
+        wait_until(lambda: not _left(cluster), f"nothing is left: {_left(cluster)}", 60, 0.5)
+    finally:
+        cluster.close()
+
+
+@pytest.mark.cluster
 def test_who_interrupts_twice_waits_for_nothing_and_goes_on_later(
     commands: Commands, job_file: JobFile, tmp_path: Path
 ) -> None:
