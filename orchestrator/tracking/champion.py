@@ -1,6 +1,7 @@
 """Who is champion. A decision, not an action."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -33,6 +34,14 @@ def decide(candidate: Version, champion: Version | None) -> Decision:
         return Decision.KEEP
     better = _comparable(candidate.eval_loss) < _comparable(champion.eval_loss)
     return Decision.PROMOTE if better else Decision.KEEP
+
+
+def successor(champion: Version | None, contenders: Iterable[Version]) -> Version | None:
+    """Who holds the alias once it was decided on each contender, one after the other."""
+    for contender in contenders:
+        if decide(contender, champion) is Decision.PROMOTE:
+            champion = contender
+    return champion
 
 
 def _comparable(eval_loss: float | None) -> float:

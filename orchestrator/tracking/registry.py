@@ -5,7 +5,7 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from orchestrator.tracking.champion import Decision, Version, decide
+from orchestrator.tracking.champion import Version, successor
 
 ALIAS = "champion"
 _ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
@@ -32,9 +32,24 @@ def register(
     else:
         for key, value in tags.items():
             client.set_model_version_tag(name, number, key, value)
-    if decide(Version(number, eval_loss), _champion(client, name)) is Decision.PROMOTE:
-        client.set_registered_model_alias(name, ALIAS, number)
+    _crown(client, name, Version(number, eval_loss))
     return number
+
+
+def _crown(client: MlflowClient, name: str, candidate: Version) -> None:
+    """Let a version take the alias if it is the best.
+
+    MLflow cannot set an alias on a condition, and another run may do the same meanwhile: a version
+    must be better than those registered after the champion too, and a better one that came while it
+    took the alias gets it.
+    """
+    champion = _champion(client, name)
+    best = successor(champion, [candidate, *_registered_after(client, name, champion)])
+    if best is not candidate:
+        return
+    while best and best is not champion:
+        client.set_registered_model_alias(name, ALIAS, best.number)
+        champion, best = best, successor(best, _registered_after(client, name, best))
 
 
 def _ensure_model(client: MlflowClient, name: str) -> None:
@@ -51,6 +66,13 @@ def _own_version(client: MlflowClient, name: str, run_id: str) -> str | None:
         if version.name == name:
             return str(version.version)
     return None
+
+
+def _registered_after(client: MlflowClient, name: str, version: Version | None) -> list[Version]:
+    least = 0 if version is None else int(version.number)
+    # A name may hold one of the two kinds of quotes.
+    found = client.search_model_versions(f"name = {name!r}")
+    return [Version(str(v.version), _eval_loss(v)) for v in found if int(v.version) > least]
 
 
 def _champion(client: MlflowClient, name: str) -> Version | None:

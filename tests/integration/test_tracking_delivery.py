@@ -8,6 +8,8 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,11 @@ from mlflow.exceptions import MlflowException
 
 from orchestrator.config import DataConfig, JobConfig, ModelConfig, TrackingConfig, TrainingConfig
 from orchestrator.jobfile import dump_job
+from orchestrator.tracking.client import connect
 from orchestrator.tracking.cursor import Cursor
 from orchestrator.tracking.delivery import Delivery, DeliveryReport, deliver_pending
 from orchestrator.tracking.journal import Journal, journal_path
+from orchestrator.tracking.registry import register
 from orchestrator.tracking.secrets import redact
 from orchestrator.tracking.store import tracking_uri
 from tests.integration import conftest
@@ -392,3 +396,43 @@ def test_a_server_that_comes_and_goes_loses_and_doubles_nothing(
     assert len(written) > 10
     assert [p for p in written if SECRET.encode() in p.read_bytes()] == []
     assert not any(SECRET in line for line in said)
+
+
+class _Overtaken:
+    """A client in whose place another run does something before one of its calls."""
+
+    def __init__(self, client: MlflowClient, before: int, other: Callable[[], Any]) -> None:
+        self._client, self._before, self._other = client, before, other
+        self.calls = 0
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            self.calls += 1
+            if self.calls == self._before:
+                self._other()
+            return getattr(self._client, name)(*arguments, **options)
+
+        return call
+
+
+def test_of_two_runs_that_register_at_once_the_better_is_champion(tmp_path: Path) -> None:
+    client = connect(make_job(tmp_path))
+
+    def run(name: str, eval_loss: float | None, place: Any = client) -> None:
+        run_id = client.create_run("0").info.run_id
+        register(place, name, run_id, eval_loss, {"loss": str(eval_loss)})
+
+    cases = [(1.0, 1.5, [2.0]), (1.5, 1.0, [2.0]), (None, 1.0, [])]
+    for own, others, earlier in cases:
+        # The other does all of its registering before each call of this one in turn.
+        for before in count(1):
+            name = f"it's {own}, {others}, {earlier}, {before}"
+            for loss in earlier:
+                run(name, loss)
+            overtaken = _Overtaken(client, before, partial(run, name, others))
+            run(name, own, overtaken)
+            if overtaken.calls < before:
+                break
+            found = client.get_model_version_by_alias(name, "champion").tags["loss"]
+            assert found == str(min(own or 9.0, others)), name
+        assert before > 5
