@@ -1,6 +1,7 @@
 """Files that are damaged or oddly made: each fault names its place, nothing crashes or is lost."""
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -311,3 +312,21 @@ def test_a_data_set_with_several_configurations_wants_one_named(
     unnamed = config.model_copy(update={"train": "owner/rows:train"})
     with pytest.raises(DataError, match=r"Config name is missing.*owner/name:config:split"):
         prepare(unnamed, tokenizer, tmp_path / "cache")
+
+
+def test_the_memory_that_reading_takes_does_not_grow_with_the_file(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    def peak(rows: int) -> int:
+        path = tmp_path / f"{rows}.jsonl"
+        path.write_text((json.dumps({"text": "red cat " * 20}) + "\n") * rows)
+        config = DataConfig(train=str(path), validation=None)
+        tracemalloc.start()
+        try:
+            assert len(prepare(config, tokenizer, tmp_path / "cache").train) == rows
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak(10)
+    assert peak(4_200) < 1.2 * peak(600)
