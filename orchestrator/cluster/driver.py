@@ -16,6 +16,7 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 
 from orchestrator import allocator
 from orchestrator.cluster.elastic import LivingNodes
+from orchestrator.cluster.forming import Forming
 from orchestrator.cluster.plan import WorkerPlan, plan_workers
 from orchestrator.cluster.session import Session, check_kept, session
 from orchestrator.cluster.worker import train
@@ -202,17 +203,19 @@ def _loop_config(
 
 
 class _Trainer(TorchTrainer):  # type: ignore[misc]
-    """Without the actors that no run of ours needs, each a process that wakes all the time.
+    """With words of our own on starts, and without actors that no run of ours needs.
 
-    One deals out sets of `ray.data`; one removes placement groups that a controller left behind,
-    and a Ray that ends with the command leaves none.
+    Each of those is a process that wakes all the time. One deals out sets of `ray.data`; one
+    removes placement groups that a controller left behind, and a Ray that ends with the command
+    leaves none.
     """
 
     def _create_default_callbacks(self) -> list[Any]:
         unneeded: tuple[type, ...] = (DatasetsCallback,)
         if self.train_loop_config["own"]:
             unneeded += (PlacementGroupCleanerCallback,)
-        return [c for c in super()._create_default_callbacks() if not isinstance(c, unneeded)]
+        default = super()._create_default_callbacks()
+        return [Forming(), *(c for c in default if not isinstance(c, unneeded))]
 
 
 def _trainer(

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,16 @@ def whole(
 
 
 def _holds_journal(process: psutil.Process) -> bool:
-    return any(file.path.endswith("journal.jsonl") for file in process.open_files())
+    # It may end meanwhile.
+    with suppress(psutil.Error):
+        return any(file.path.endswith("journal.jsonl") for file in process.open_files())
+    return False
+
+
+def _has_torch(process: psutil.Process) -> bool:
+    with suppress(psutil.Error):
+        return any("libtorch" in area.path for area in process.memory_maps())
+    return False
 
 
 def _assert_alike(found: Curve, whole: Curve) -> None:
@@ -191,6 +201,16 @@ def test_storage_that_is_away_for_a_while(runs: Runs, whole: Curve) -> None:
     assert ended.result["restarts"] == 0
     said = [e["message"] for e in journal(run_dir) if e["event"] == "warning"]
     assert sum("cannot be written" in message for message in said) == 1
+    assert curve(run_dir) == whole
+
+
+def test_a_worker_that_dies_before_all_have_met_is_no_failure(runs: Runs, whole: Curve) -> None:
+    command, run_dir = runs.start("meeting", max_failures=0)
+    wait_until(lambda: any(map(_has_torch, runs.workers())), "a worker has come to meet the other")
+    next(filter(_has_torch, runs.workers())).kill()
+    ended = runs.commands.wait(command)
+    assert ended.status == 0, ended.err
+    assert _starts(run_dir) == [0] and ended.result["workers"] == 2
     assert curve(run_dir) == whole
 
 
