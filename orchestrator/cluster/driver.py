@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -15,7 +16,7 @@ from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 from orchestrator import allocator
-from orchestrator.cluster.elastic import LivingNodes
+from orchestrator.cluster.elastic import STOPPED, LivingNodes
 from orchestrator.cluster.forming import Forming
 from orchestrator.cluster.plan import WorkerPlan, plan_workers
 from orchestrator.cluster.session import Session, check_kept, session
@@ -30,12 +31,16 @@ _START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 # Ray's own is a minute; a cloud takes longer to bring a machine with a GPU, or others to end.
 _START_SECONDS = {"there": 300, "to come": 1800}
 _START_RETRIES = 3
-# An elastic run waits as long in all, but asks this often whether it must start with fewer workers.
+# An elastic run is told of room before it starts. What others then take first it awaits so long,
+# and counts the room anew; in all it waits as long.
 _ELASTIC_START_SECONDS = 60
 # How often an elastic run looks whether it can have more workers; each change restarts them.
 _RESIZE_SECONDS = 30.0
 # Between waits the main thread runs the handlers of signals.
 _WAIT_SECONDS = 0.5
+# So long after the last worker a run that has ended has told its result: Ray Train gives its own
+# processes 12 seconds to end.
+_RESULT_SECONDS = 30.0
 
 
 def run(job: JobConfig, run_dir: Path, say: Callable[[str], None]) -> dict[str, Any]:
@@ -156,26 +161,39 @@ def _wait(job: JobConfig, run_dir: Path, trainer: TorchTrainer) -> Any:
     """The leading worker's return value.
 
     Raises:
-        InterruptedRunError: the user asked to stop before any worker had begun.
+        InterruptedRunError: the user asked to stop while workers were awaited.
     """
     before = _written(run_dir)
+    lived = time.monotonic()
     # In a thread, so that Ray leaves SIGINT alone: the first one asks for a checkpoint.
     pool = ThreadPoolExecutor(1)
     waiting = pool.submit(trainer.fit)
     try:
         while not waiting.done():
             wait([waiting], timeout=_WAIT_SECONDS)
-            # Workers that have begun see the wish to stop themselves, and save what they have.
-            if stop_path(run_dir).exists() and _written(run_dir) == before:
-                raise InterruptedRunError(
-                    "Stopped while the job waited for its workers. Run the same command again to "
-                    "go on"
-                )
+            begun = _written(run_dir) != before
+            # Workers that train see the wish to stop themselves, and save what they have.
+            if not stop_path(run_dir).exists() or (begun and _workers_live()):
+                lived = time.monotonic()
+            elif not begun or time.monotonic() - lived > _RESULT_SECONDS:
+                raise InterruptedRunError(STOPPED)
         return waiting.result().return_value
     except ray.train.TrainingFailedError as error:
+        cause = getattr(error, "controller_failure", None)
+        if isinstance(cause, OrchestratorError):
+            raise cause from error
         raise OrchestratorError(_failure(job, error)) from error
     finally:
         pool.shutdown(wait=False)
+
+
+def _workers_live() -> bool:
+    """Whether this command has any worker of Ray Train; none while replacements are awaited."""
+    from ray._private.state import state
+
+    here = ray.get_runtime_context().get_job_id()
+    actors = state.actor_table(None, ray.JobID.from_hex(here), "ALIVE").values()
+    return any(actor["ActorClassName"] == "RayTrainWorker" for actor in actors)
 
 
 def _written(run_dir: Path) -> int:
@@ -217,6 +235,16 @@ class _Trainer(TorchTrainer):  # type: ignore[misc]
         default = super()._create_default_callbacks()
         return [Forming(), *(c for c in default if not isinstance(c, unneeded))]
 
+    def _initialize_and_run_controller(self, **given: Any) -> Any:
+        if self.scaling_config.elasticity_enabled:
+            retries = self.run_config.failure_config.controller_failure_limit
+            given["scaling_policy"] = LivingNodes(
+                self.scaling_config,
+                Path(self.train_loop_config["run_dir"]),
+                retries * _ELASTIC_START_SECONDS,
+            )
+        return super()._initialize_and_run_controller(**given)
+
 
 def _trainer(
     job: JobConfig,
@@ -244,7 +272,6 @@ def _trainer(
             failure_config=ray.train.FailureConfig(
                 max_failures=job.cluster.max_failures, controller_failure_limit=retries
             ),
-            callbacks=[LivingNodes(plan.least)] if plan.elastic else [],
             worker_runtime_env={} if plan.gpus else {"env_vars": allocator.settings(os.environ)},
         ),
     )

@@ -1,46 +1,102 @@
-"""How many workers an elastic run starts with, by the nodes that live at that moment."""
+"""How many workers an elastic run has, by the room on the nodes that live at that moment."""
 
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
-from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.scaling_policy import (
+    ElasticScalingPolicy,
+    NoopDecision,
+    ResizeDecision,
+)
 from tenacity import Retrying, retry_if_result
 from tenacity.stop import stop_after_delay
 from tenacity.wait import wait_fixed
 
 from orchestrator.cluster.plan import places
+from orchestrator.errors import InterruptedRunError, OrchestratorError
+from orchestrator.tracking.observer import stop_path
 
+STOPPED = "Stopped while the job waited for its workers. Run the same command again to go on"
 # Ray calls a node dead after five health checks that failed, each after ten seconds at the most.
 _NOTICE_SECONDS = 90.0
 _ANSWER_SECONDS = 5.0
+# Between looks for room; what ended workers leave Ray counts as free a moment later.
+_PAUSE_SECONDS = 1.0
 
 
-class LivingNodes(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
-    """Keeps Ray Train from asking for workers on nodes that are gone. Lives in its controller.
+class LivingNodes(ElasticScalingPolicy):  # type: ignore[misc]
+    """Ray Train's own policy, held to the room that there is. Lives in its controller.
 
-    A worker that loses its peer ends at once, long before Ray misses the peer's node, and Ray Train
-    sizes the next workers by a list of nodes of up to 20 seconds ago, draining ones included. It
-    would ask for as many workers as before, and wait for them in vain until the start times out.
+    Ray Train counts all that the nodes of a list of up to 20 seconds ago have, those that died
+    since, those that drain and what other jobs use included. It would ask for workers that find no
+    room, and wait for them in vain until the start times out; to grow in vain it would even end
+    workers that train. A worker that loses its peer ends at once, long before Ray misses the
+    peer's node.
     """
 
-    def __init__(self, least: int) -> None:
-        """With fewer workers than `least` the run does not go on."""
-        self._least = least
-        self._workers: list[Any] = []
+    def __init__(self, scaling_config: Any, run_dir: Path, patience: float) -> None:
+        """A run in `run_dir` that waits `patience` seconds for room for its fewest workers."""
+        super().__init__(scaling_config)
+        self._run_dir, self._patience = run_dir, patience
+        self._workers: Sequence[Any] = ()
+        self._waits_since: float | None = None
 
-    def after_worker_group_start(self, worker_group: Any) -> None:
-        """Remember who is asked later."""
-        self._workers = [worker.actor for worker in worker_group.get_workers()]
+    def make_decision_for_running_worker_group(
+        self, worker_group_state: Any, worker_group_status: Any
+    ) -> Any:
+        """Grow where there is room for more; who dies is noticed elsewhere."""
+        self._workers = worker_group_state.workers
+        decision = super().make_decision_for_running_worker_group(
+            worker_group_state, worker_group_status
+        )
+        if isinstance(decision, ResizeDecision):
+            workers = self._held(decision)
+            if workers > len(self._workers):
+                return self._get_resize_decision(workers)
+        return NoopDecision()
 
-    def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
-        """Lower the number of workers to what nodes that live and stay can hold."""
-        _wait_for_news(self._workers)
-        held = places(_lasting_nodes(), resize_decision.resources_per_worker)
-        resize_decision.num_workers = max(self._least, min(resize_decision.num_workers, held))
+    def make_decision_for_non_running_worker_group(self) -> Any:
+        """Start with as many workers as find room, or wait until the fewest do.
+
+        Raises:
+            InterruptedRunError: the user asked to stop meanwhile.
+            OrchestratorError: they found none for too long.
+        """
+        self._check_wait()
+        time.sleep(_PAUSE_SECONDS)
+        decision = super().make_decision_for_non_running_worker_group()
+        if isinstance(decision, ResizeDecision):
+            _wait_for_news(self._workers)
+            workers = self._held(decision)
+            if workers >= self.scaling_config.min_workers:
+                # The last group's place is given back before the next one is started.
+                self._workers, self._waits_since = (), None
+                return self._get_resize_decision(workers)
+        return NoopDecision()
+
+    def _held(self, decision: Any) -> int:
+        return min(decision.num_workers, _room(self._workers, decision.resources_per_worker))
+
+    def _check_wait(self) -> None:
+        if stop_path(self._run_dir).exists():
+            raise InterruptedRunError(STOPPED)
+        now = time.monotonic()
+        if self._waits_since is None:
+            self._waits_since = now
+        if now - self._waits_since > self._patience:
+            least = self.scaling_config.min_workers
+            raise OrchestratorError(
+                f"cluster.workers: fewer than {least} workers found room within "
+                f"{self._patience:g} seconds. Add nodes, or wait until others have ended, and run "
+                "the same command again to go on; or let the job go on with fewer"
+            )
 
 
-def _wait_for_news(workers: list[Any]) -> None:
+def _wait_for_news(workers: Sequence[Any]) -> None:
     """Until each worker answers, or is known to be dead and its node with it."""
     retrying = Retrying(
         retry=retry_if_result(lambda known: not known),
@@ -49,13 +105,13 @@ def _wait_for_news(workers: list[Any]) -> None:
         # Who only hangs has a node that lives.
         retry_error_callback=lambda _: None,
     )
-    retrying(lambda: all(map(_is_known, workers)))
+    retrying(lambda: all(_is_known(worker.actor) for worker in workers))
 
 
-def _is_known(worker: Any) -> bool:
+def _is_known(actor: Any) -> bool:
     """Whether a worker answers or is dead; one that is unavailable may be either."""
     try:
-        ray.get(worker.__ray_ready__.remote(), timeout=_ANSWER_SECONDS)
+        ray.get(actor.__ray_ready__.remote(), timeout=_ANSWER_SECONDS)
     except (ActorUnavailableError, GetTimeoutError):
         return False
     except RayActorError:
@@ -63,11 +119,26 @@ def _is_known(worker: Any) -> bool:
     return True
 
 
-def _lasting_nodes() -> list[dict[str, float]]:
-    """Resources of each node that lives and is not about to go away."""
+def _room(workers: Sequence[Any], each: Mapping[str, float]) -> int:
+    """How many workers find room on nodes that live and are not about to go away.
+
+    Args:
+        workers: those of the run, whose place counts as free.
+        each: the resources of one worker.
+    """
     from ray._private.state import state
 
-    leaving = state.get_draining_nodes()
-    return [
-        node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving
-    ]
+    leaving, free = state.get_draining_nodes(), state.available_resources_per_node()
+    nodes = []
+    for node in ray.nodes():
+        name, has = node["NodeID"], node["Resources"]
+        if node["Alive"] and name not in leaving:
+            ours = sum(worker.metadata.node_id == name for worker in workers)
+            left = free.get(name, {})
+            nodes.append(
+                {
+                    kind: min(has.get(kind, 0.0), left.get(kind, 0.0) + ours * amount)
+                    for kind, amount in each.items()
+                }
+            )
+    return places(nodes, each)

@@ -214,6 +214,37 @@ def test_a_worker_that_dies_before_all_have_met_is_no_failure(runs: Runs, whole:
     assert curve(run_dir) == whole
 
 
+def test_one_interrupt_ends_a_run_that_waits_for_another_worker(
+    runs: Runs, cluster: RayCluster, whole: Curve
+) -> None:
+    command, run_dir = runs.start("waiting")
+    wait_for(run_dir, reached(15), command)
+    cluster.kill(_node_of_follower(cluster))
+    wait_until(lambda: not runs.workers(), "the leader has ended, for its peer is gone")
+
+    command.send_signal(signal.SIGINT)
+    ended = runs.commands.wait(command)
+    assert ended.status == 130 and "same command again" in ended.result["error"], ended.err
+
+    cluster.add(cpus=1)
+    command, _ = runs.start("waiting")
+    ended = runs.commands.wait(command)
+    assert ended.status == 0, ended.err
+    assert curve(run_dir) == whole
+    _assert_little_lost(run_dir)
+
+
+def test_one_interrupt_ends_an_elastic_run_below_its_least(runs: Runs, cluster: RayCluster) -> None:
+    command, run_dir = runs.start("below", workers=[2, 3])
+    wait_for(run_dir, reached(15), command)
+    cluster.kill(_node_of_follower(cluster))
+    wait_until(lambda: not any(map(_holds_journal, runs.workers())), "the leader works no more")
+    # It lives on meanwhile: its place is kept for the next start.
+    command.send_signal(signal.SIGINT)
+    ended = runs.commands.wait(command)
+    assert ended.status == 130 and "waited for its workers" in ended.result["error"], ended.err
+
+
 def test_after_max_failures_the_job_ends_and_says_how_to_go_on(runs: Runs) -> None:
     command, run_dir = runs.start("failing", max_failures=0)
     wait_for(run_dir, reached(15), command)
