@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
+from mlflow import MlflowClient
 
 from tests.conftest import write_job
 from tests.integration.cluster import Node, RayCluster, stop
@@ -24,6 +25,7 @@ from tests.integration.conftest import (
     wait_for,
     wait_until,
 )
+from tests.integration.test_tracking_delivery import Server, steps_in
 
 # Each restart takes its time on a machine with much to do; no test asserts how long.
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
@@ -56,10 +58,14 @@ class Runs:
         self.commands, self.cluster, self._job_file = commands, cluster, job_file
 
     def start(
-        self, name: str, training: dict[str, Any] | None = None, **where: Any
+        self,
+        name: str,
+        training: dict[str, Any] | None = None,
+        tracking: dict[str, Any] | None = None,
+        **where: Any,
     ) -> tuple[subprocess.Popen[str], Path]:
         cluster = {"address": self.cluster.address, "workers": 2, "collective_timeout": 20, **where}
-        job = self.job(name, training, cluster=cluster)
+        job = self.job(name, training, cluster=cluster, tracking=tracking or {})
         command = self.commands.start("finetune", job, "--json", **self.cluster.environment)
         return command, job.parent / "runs" / name
 
@@ -202,6 +208,7 @@ def test_storage_that_is_away_for_a_while(runs: Runs, whole: Curve) -> None:
     said = [e["message"] for e in journal(run_dir) if e["event"] == "warning"]
     assert sum("cannot be written" in message for message in said) == 1
     assert curve(run_dir) == whole
+    _assert_little_lost(run_dir)
 
 
 def test_a_worker_that_dies_before_all_have_met_is_no_failure(runs: Runs, whole: Curve) -> None:
@@ -212,6 +219,25 @@ def test_a_worker_that_dies_before_all_have_met_is_no_failure(runs: Runs, whole:
     assert ended.status == 0, ended.err
     assert _starts(run_dir) == [0] and ended.result["workers"] == 2
     assert curve(run_dir) == whole
+
+
+def test_mlflow_is_killed_and_started_again(runs: Runs, whole: Curve, tmp_path: Path) -> None:
+    server = Server(tmp_path / "server")
+    try:
+        server.start()
+        where = {"uri": f"http://127.0.0.1:{server.port}"}
+        command, run_dir = runs.start("tracked", tracking=where)
+        wait_for(run_dir, reached(15), command)
+        server.kill()
+        wait_for(run_dir, reached(60), command)
+        server.start()
+        ended = runs.commands.wait(command)
+        assert ended.status == 0 and ended.result["restarts"] == 0, ended.err
+        assert curve(run_dir) == whole
+        client = MlflowClient(where["uri"])
+        assert sorted(steps_in(client, ended.result["run_id"])) == list(range(1, STEPS + 1))
+    finally:
+        server.kill()
 
 
 def test_one_interrupt_ends_a_run_that_waits_for_another_worker(
