@@ -7,7 +7,7 @@ CONSTRAINTS := infra/constraints.txt
 # Half of a test's time it waits for processes to start or to be missed; a file stays together.
 TWO := -n 2 --dist loadfile
 
-.PHONY: help setup demo demo-sweep test test-memory test-cluster test-unit test-gpu lint format types bench clean
+.PHONY: help setup demo demo-sweep test test-memory test-faults test-cluster test-unit test-gpu lint format types bench clean
 
 help: ## Say what each target does
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -39,6 +39,10 @@ test: $(VENV)/.model ## Unit and integration tests, but for those of the next th
 
 test-memory: $(VENV)/.model ## What `plan` promises beside what real steps take, and runs under a limit
 	$(BIN)/python -m pytest tests/integration -m "memory and not gpu and not cluster" -q
+
+# A part of the next one.
+test-faults: $(VENV)/.model ## Faults of every kind, and what several workers have to agree on
+	$(BIN)/python -m pytest tests/integration/test_faults.py tests/integration/test_workers.py -m "cluster and not memory" $(TWO) -q
 
 test-cluster: $(VENV)/.model ## Several nodes on this machine, and faults of every kind
 	$(BIN)/python -m pytest tests/integration -m "cluster and not memory" $(TWO) -q

@@ -30,7 +30,8 @@ def main() -> None:
     options = _options()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        count = 4 * options.steps * options.batch
+        # One epoch: each contestant shuffles by itself, and all train on the same examples.
+        count = options.steps * options.batch
         rows = write_rows(folder / "all.jsonl", count + HELD_OUT, options.rows)
         lines = rows.read_text().splitlines(keepends=True)
         (folder / "held_out.jsonl").write_text("".join(lines[:HELD_OUT]))
