@@ -101,7 +101,14 @@ def plan_job(
     )
     if trials is None:
         need = replace(need, trials=_trials(need))
-    return make_plan(need, calibrate)
+    plan = make_plan(need, calibrate)
+    settled = Settled(need, plan.tokens_per_pass, plan.details["gradient_checkpointing"])
+    # A run that begins need not wait for what it does not do.
+    both = {
+        "activations_with_checkpointing": _activations(settled, True),
+        "activations_without_checkpointing": _activations(settled, False),
+    }
+    return replace(plan, details={**plan.details, **both})
 
 
 def trials_that_fit(job: JobConfig, cuda: bool, gpu: Gpu | None = None) -> int:
@@ -197,8 +204,6 @@ def make_plan(need: Need, calibrate: bool = True) -> Plan:
                 "dense": settled.base.dense,
             },
             "unquantized_experts_bytes": shape.experts * WIDTH[settled.dtype],
-            "activations_with_checkpointing": _activations(settled, True),
-            "activations_without_checkpointing": _activations(settled, False),
             "logits_chunk_bytes": settled.passed.logits,
             "largest_dequantized_bytes": settled.largest_weight,
             "collective_bytes": settled.collective,

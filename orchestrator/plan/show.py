@@ -87,7 +87,7 @@ def refusal(plan: Plan) -> str:
 
 def _within(details: dict[str, Any], part: str) -> Iterator[str]:
     for name, words in _WITHIN.get(part, {}).items():
-        size = {**details, **details["base_bytes"]}[name]
+        size = {**details, **details["base_bytes"]}.get(name)
         if size:
             yield f"    {words:<22}{show_bytes(size):>12}"
 
