@@ -149,18 +149,19 @@ def test_who_was_good_before_a_kill_is_remembered_after_it(
     commands: Commands, job_file: JobFile, tmp_path: Path
 ) -> None:
     """Successive halving: with empty rungs whoever comes first would be trained to the end."""
-    rates = [1e-2, 1e-7, 2e-7, 3e-7, 4e-7]
+    rates = [1e-2, 1e-7, 1e-8]
     space = {"training.learning_rate": {"choice": rates}}
     points = [{"training.learning_rate": rate} for rate in rates]
     asha = {"scheduler": "asha", "search_space": space, "points": points, "concurrent": 1}
-    job, folder = _job(job_file, "rungs", steps=24, trials=5, **asha), tmp_path / "runs" / "rungs"
+    job, folder = _job(job_file, "rungs", steps=24, trials=3, **asha), tmp_path / "runs" / "rungs"
     process = commands.start("sweep", job, "--json")
     wait_until(lambda: _finished(folder) == 1, "the first trial was finished")
     _kill_all(process)
     ended = commands.run("sweep", job, "--json")
     assert ended.status == 0, ended.err
-    found = {t["params"]["training.learning_rate"]: t for t in ended.result["trials"]}
-    assert {rate: (t["status"], t["steps"]) for rate, t in found.items()} == {
+    # One that Tune had not noted before the kill was proposed again.
+    found = [trial for trial in ended.result["trials"] if trial["status"] != "interrupted"]
+    assert {t["params"]["training.learning_rate"]: (t["status"], t["steps"]) for t in found} == {
         1e-2: ("finished", 24),
         **{rate: ("stopped", 4) for rate in rates[1:]},
     }
