@@ -1,5 +1,7 @@
 """Which MLflow store a job uses."""
 
+from pathlib import Path
+
 from orchestrator.config import JobConfig
 
 # MLflow takes a folder as its store only from who says so; who names one as the store does.
@@ -14,7 +16,11 @@ def tracking_uri(job: JobConfig) -> str:
 
 
 def artifact_location(job: JobConfig) -> str | None:
-    """Where a new experiment keeps its files; None leaves it to the server."""
-    if job.tracking.uri is not None:
+    """Where a new experiment keeps its files: beside a database in a file, else as the server says.
+
+    MLflow itself would put them in the folder that the command happens to be given in.
+    """
+    kind, _, path = tracking_uri(job).partition("?")[0].partition(":///")
+    if kind != "sqlite":
         return None
-    return (job.local_dir.absolute() / "mlartifacts").as_uri()
+    return (Path(path).absolute().parent / "mlartifacts").as_uri()

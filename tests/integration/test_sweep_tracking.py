@@ -206,7 +206,8 @@ def test_a_sweep_that_goes_on_in_another_store_has_all_its_trials_there(tmp_path
     _deliver(job, _interrupt(job))
     moved = in_store(job, f"sqlite:///{tmp_path / 'other.db'}")
     _deliver(moved, _finish(moved))
-    _, nested = _runs(MlflowClient(tracking_uri(moved)))
+    parent, nested = _runs(MlflowClient(tracking_uri(moved)))
+    assert parent.info.artifact_uri.startswith((tmp_path / "mlartifacts").as_uri())
     assert {name: run.data.tags["state"] for name, run in nested.items()} == {
         **{f"abc_{number:05d}": "finished" for number in (0, 2)},
         **{f"abc_{number:05d}": "interrupted" for number in (4, 5)},

@@ -137,6 +137,8 @@ def test_the_store_lies_under_output_dir(tmp_path: Path, monkeypatch: pytest.Mon
     assert artifact_location(make_job()) == f"file://{tmp_path}/runs/mlartifacts"
     remote = make_job(uri="http://host")
     assert (tracking_uri(remote), artifact_location(remote)) == ("http://host", None)
+    own = make_job(uri=f"sqlite:///{tmp_path}/own/store.db?timeout=9")
+    assert artifact_location(own) == f"file://{tmp_path}/own/mlartifacts"
 
 
 def test_the_ui_serves_this_machine_alone() -> None:
