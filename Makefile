@@ -34,15 +34,14 @@ demo: .demo/train.jsonl ## Fine-tune SmolLM2-135M in 4 bit through Ray Train on 
 demo-sweep: .demo/train.jsonl ## Search rank and learning rate of the demo's model, in a few minutes
 	$(BIN)/orchestrator sweep jobs/examples/sweep.yaml
 
-test: $(VENV)/.model ## Unit and integration tests, but for those of the next three
-	$(BIN)/python -m pytest tests/unit tests/integration -m "not gpu and not cluster and not memory" $(TWO) -q
+test: $(VENV)/.model ## Unit and integration tests, but for those of the next targets
+	$(BIN)/python -m pytest tests/unit tests/integration -m "not (gpu or cluster or memory or fault)" $(TWO) -q
 
 test-memory: $(VENV)/.model ## What `plan` promises beside what real steps take, and runs under a limit
 	$(BIN)/python -m pytest tests/integration -m "memory and not gpu and not cluster" -q
 
-# A part of the next one.
-test-faults: $(VENV)/.model ## Faults of every kind, and what several workers have to agree on
-	$(BIN)/python -m pytest tests/integration/test_faults.py tests/integration/test_workers.py -m "cluster and not memory" $(TWO) -q
+test-faults: $(VENV)/.model ## Processes that die in all ways, and what several workers have to agree on
+	$(BIN)/python -m pytest tests/integration -m fault $(TWO) -q
 
 test-cluster: $(VENV)/.model ## Several nodes on this machine, and faults of every kind
 	$(BIN)/python -m pytest tests/integration -m "cluster and not memory" $(TWO) -q

@@ -28,7 +28,7 @@ from tests.integration.conftest import (
 from tests.integration.test_tracking_delivery import Server, steps_in
 
 # Each restart takes its time on a machine with much to do; no test asserts how long.
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.cluster, pytest.mark.fault, pytest.mark.timeout(900)]
 
 JobFile = Callable[..., Path]
 Curve = list[tuple[int, float, float]]

@@ -118,6 +118,7 @@ def _result(run_dir: Path) -> dict[str, Any]:
     return json.loads((run_dir / "result.json").read_text())
 
 
+@pytest.mark.fault
 def test_killed_anywhere_the_curve_is_the_same(
     commands: Commands, job_file: JobFile, tmp_path: Path, undisturbed: Path
 ) -> None:

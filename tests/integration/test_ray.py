@@ -22,6 +22,7 @@ def whole(commands: Commands, job_file: JobFile, tmp_path: Path) -> list[tuple[i
     return curve(tmp_path / "runs" / "whole")
 
 
+@pytest.mark.fault
 def test_a_killed_worker_comes_back_and_the_curve_is_the_same(
     commands: Commands, job_file: JobFile, tmp_path: Path, whole: list[tuple[int, float, float]]
 ) -> None:

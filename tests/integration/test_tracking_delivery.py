@@ -341,6 +341,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     made.kill()
 
 
+@pytest.mark.fault
 def test_a_server_that_comes_and_goes_loses_and_doubles_nothing(
     tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:

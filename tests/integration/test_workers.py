@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from tests.integration.cluster import RayCluster
 from tests.integration.conftest import Commands, curve, journal
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.fault]
 
 JobFile = Callable[..., Path]
 # Uneven lengths, and a last batch of an epoch with fewer examples than the others.

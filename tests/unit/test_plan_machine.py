@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -99,13 +100,16 @@ def test_who_trains_nothing_looks_at_the_gpu_from_another_process(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: pytest.fail("looked here"))
     job = make_job(BASE, lora={"rank": 64}, sweep={"trials": 16})
 
-    def answer(text: str, status: int = 0) -> None:
-        done = SimpleNamespace(stdout=text, returncode=status)
+    def answer(text: str) -> None:
+        done = SimpleNamespace(stdout=text)
         monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise subprocess.CalledProcessError(1, "python")
 
     answer('{"free": 17179869184, "total": 17179869184, "bfloat16": true}\n')
     assert trials_that_fit(job, True) == trials_that_fit(job, True, Gpu(16 * GIB, 16 * GIB, True))
-    answer("", status=1)
+    monkeypatch.setattr(subprocess, "run", fail)
     assert trials_that_fit(job, True) == 16
 
 
