@@ -2,10 +2,11 @@
 
 import os
 import shutil
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -165,9 +166,7 @@ def _wait(job: JobConfig, run_dir: Path, trainer: TorchTrainer) -> Any:
     """
     before = _written(run_dir)
     lived = time.monotonic()
-    # In a thread, so that Ray leaves SIGINT alone: the first one asks for a checkpoint.
-    pool = ThreadPoolExecutor(1)
-    waiting = pool.submit(trainer.fit)
+    waiting = _begin(trainer.fit)
     try:
         while not waiting.done():
             wait([waiting], timeout=_WAIT_SECONDS)
@@ -183,8 +182,23 @@ def _wait(job: JobConfig, run_dir: Path, trainer: TorchTrainer) -> Any:
         if isinstance(cause, OrchestratorError):
             raise cause from error
         raise OrchestratorError(_failure(job, error)) from error
-    finally:
-        pool.shutdown(wait=False)
+
+
+def _begin(work: Callable[[], Any]) -> Future[Any]:
+    """A call in a thread, so that Ray leaves SIGINT alone: the first one asks for a checkpoint.
+
+    The process ends without it. Where Ray was left meanwhile its call never returns: it spins.
+    """
+    found: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            found.set_result(work())
+        except BaseException as error:
+            found.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return found
 
 
 def _workers_live() -> bool:
