@@ -166,13 +166,15 @@ def _wait(job: JobConfig, run_dir: Path, trainer: TorchTrainer) -> Any:
     """
     before = _written(run_dir)
     lived = time.monotonic()
+    # In a sweep another thread may leave Ray at any moment, and ends its engines itself.
+    asks = threading.current_thread() is threading.main_thread()
     waiting = _begin(trainer.fit)
     try:
         while not waiting.done():
             wait([waiting], timeout=_WAIT_SECONDS)
             begun = _written(run_dir) != before
             # Workers that train see the wish to stop themselves, and save what they have.
-            if not stop_path(run_dir).exists() or (begun and _workers_live()):
+            if not stop_path(run_dir).exists() or (begun and (not asks or _workers_live())):
                 lived = time.monotonic()
             elif not begun or time.monotonic() - lived > _RESULT_SECONDS:
                 raise InterruptedRunError(STOPPED)
