@@ -2,12 +2,13 @@
 
 import os
 import shutil
+import signal
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -203,13 +204,25 @@ def _begin(work: Callable[[], Any]) -> Future[Any]:
     return found
 
 
+def end_controllers() -> None:
+    """Kill what Ray Train's calls wait for, on this machine: they return before Ray is left."""
+    for controller in _living("TrainController"):
+        with suppress(ProcessLookupError, PermissionError):
+            os.kill(controller["Pid"], signal.SIGKILL)
+
+
 def _workers_live() -> bool:
     """Whether this command has any worker of Ray Train; none while replacements are awaited."""
+    return bool(_living("RayTrainWorker"))
+
+
+def _living(kind: str) -> list[dict[str, Any]]:
+    """This command's actors of a class."""
     from ray._private.state import state
 
     here = ray.get_runtime_context().get_job_id()
     actors = state.actor_table(None, ray.JobID.from_hex(here), "ALIVE").values()
-    return any(actor["ActorClassName"] == "RayTrainWorker" for actor in actors)
+    return [actor for actor in actors if actor["ActorClassName"] == kind]
 
 
 def _written(run_dir: Path) -> int:

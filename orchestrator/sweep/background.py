@@ -1,5 +1,6 @@
 """A call in a thread of its own, so that the main thread can hear signals."""
 
+import ctypes
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -37,6 +38,16 @@ class Background:
             self._thread.join(min(_WAIT_SECONDS, left))
             left -= _WAIT_SECONDS
         return self.ended
+
+    def abandon(self, seconds: float) -> None:
+        """End the call where it stands, for who takes away what it works with.
+
+        Args:
+            seconds: how long it may take to come to its next line.
+        """
+        thread = ctypes.c_ulong(self._thread.ident or 0)
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(SystemExit))
+        self._thread.join(seconds)
 
     def result(self) -> Any:
         """What the call returned.

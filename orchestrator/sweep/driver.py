@@ -2,7 +2,8 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from orchestrator.tracking.store import tracking_uri
 _WAIT_SECONDS = 0.5
 # How long isolated trials may take to save their checkpoints when the user stops the sweep.
 _SAVE_SECONDS = 120.0
+_HASTE_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
@@ -115,8 +117,9 @@ def _shared(sweep: _Sweep) -> dict[str, Any]:
     """Trials as tenants of one engine."""
     with _engine(sweep, sweep.job, sweep.run_dir) as engine:
         tuning = _tune(sweep, engine.desk)
-        while not tuning.ended and not engine.ended:
-            time.sleep(_WAIT_SECONDS)
+        with _left_in_haste(tuning):
+            while not tuning.ended and not engine.ended:
+                time.sleep(_WAIT_SECONDS)
         if not tuning.ended:
             engine.result()
             raise OrchestratorError("The engine ended before the trials; see Ray's logs")
@@ -128,11 +131,12 @@ def _shared(sweep: _Sweep) -> dict[str, Any]:
 def _isolated(sweep: _Sweep) -> dict[str, Any]:
     """Each trial starts an engine for itself; one more proves the best adapter."""
     tuning = _tune(sweep, None)
-    while not tuning.ended:
-        time.sleep(_WAIT_SECONDS)
-        if stop_path(sweep.run_dir).exists():
-            _stop_engines(sweep.trials_dir)
-            raise InterruptedRunError("The sweep was stopped; every trial has its checkpoint")
+    with _left_in_haste(tuning):
+        while not tuning.ended:
+            time.sleep(_WAIT_SECONDS)
+            if stop_path(sweep.run_dir).exists():
+                _stop_engines(sweep.trials_dir)
+                raise InterruptedRunError("The sweep was stopped; every trial has its checkpoint")
     _speak_for(sweep.trials_dir, tuning.result())
     best = sweep.best()
     if best is None:
@@ -150,6 +154,16 @@ def _engine(sweep: _Sweep, job: JobConfig, folder: Path) -> RunningEngine:
 def _tune(sweep: _Sweep, desk: Any) -> Background:
     tuner = make_tuner(sweep.job, sweep.run_dir, sweep.context(desk), sweep.places)
     return Background(tuner.fit)
+
+
+@contextmanager
+def _left_in_haste(tuning: Background) -> Iterator[None]:
+    """Who interrupts twice leaves Ray at once; a thread that asked it then would end all."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        tuning.abandon(_HASTE_SECONDS)
+        raise
 
 
 def _speak_for(trials_dir: Path, found: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import ray
 
-from orchestrator.cluster.driver import run_workers
+from orchestrator.cluster.driver import end_controllers, run_workers
 from orchestrator.cluster.plan import WorkerPlan
 from orchestrator.cluster.session import Session
 from orchestrator.config import JobConfig
@@ -83,7 +83,10 @@ class RunningEngine:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        patience = _HURRIED_SECONDS if kind is KeyboardInterrupt else _END_SECONDS
+        patience = _END_SECONDS
+        if kind is KeyboardInterrupt:
+            patience = _HURRIED_SECONDS
+            end_controllers()
         # Whoever leaves Ray while the engine still starts would start Ray anew from its thread.
         with suppress(ray.exceptions.RayError, TimeoutError):
             ray.get(self.desk.close.remote(None), timeout=patience)
