@@ -65,3 +65,8 @@ def status_word(exit_status: int) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of a foreign error's message; its class where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def last_line(error: BaseException) -> str:
+    """As `first_line`; Ray puts a process's whole traceback before the error's own words."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()

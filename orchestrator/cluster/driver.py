@@ -24,7 +24,7 @@ from orchestrator.cluster.plan import WorkerPlan, plan_workers
 from orchestrator.cluster.session import Session, check_kept, session
 from orchestrator.cluster.worker import train
 from orchestrator.config import JobConfig
-from orchestrator.errors import InterruptedRunError, OrchestratorError, WorkerLostError
+from orchestrator.errors import InterruptedRunError, OrchestratorError, WorkerLostError, last_line
 from orchestrator.storage.place import Place, command_place
 from orchestrator.tracking.journal import journal_path
 from orchestrator.tracking.observer import stop_path
@@ -310,12 +310,12 @@ def _failure(job: JobConfig, error: ray.train.TrainingFailedError) -> str:
     failures = getattr(error, "worker_failures", None)
     go_on = "Run the same command again to go on from the last checkpoint"
     if not failures:
-        return f"Ray Train gave up: {_last_line(error)}. {go_on}"
+        return f"Ray Train gave up: {last_line(error)}. {go_on}"
     rank, first = _first_failure(failures)
     return (
         f"The workers failed {job.cluster.max_failures + 1} times (cluster.max_failures is "
         f"{job.cluster.max_failures}). The last time worker {rank} failed first: "
-        f"{_last_line(first)}. {go_on}"
+        f"{last_line(first)}. {go_on}"
     )
 
 
@@ -325,8 +325,3 @@ def _first_failure(failures: dict[int, Exception]) -> tuple[int, Exception]:
         if not isinstance(getattr(error, "_base_exc", error), WorkerLostError):
             return rank, error
     return min(failures.items())
-
-
-def _last_line(error: Exception) -> str:
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__

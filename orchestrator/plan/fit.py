@@ -242,9 +242,15 @@ def sharing(job: JobConfig) -> int:
 
 def together(job: JobConfig) -> int:
     """Workers of this job that share one GPU, at most."""
+    return min(sharing(job), most_workers(job) or sharing(job))
+
+
+def most_workers(job: JobConfig) -> int | None:
+    """The job's workers, at most; None where the cluster decides."""
     workers = job.cluster.workers
-    most = workers[1] if isinstance(workers, tuple) else workers
-    return sharing(job) if most == "auto" else min(sharing(job), most)
+    if workers == "auto":
+        return None
+    return workers[1] if isinstance(workers, tuple) else workers
 
 
 def all_trials(job: JobConfig) -> int:

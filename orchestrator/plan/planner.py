@@ -14,6 +14,7 @@ from orchestrator.plan.fit import (
     Settled,
     largest_rank,
     most_tenants,
+    most_workers,
     settle,
     sharing,
     together,
@@ -89,7 +90,7 @@ def plan_job(
     """
     shape = read_shape(job.model)
     cuda = False if job.cluster.gpus_per_worker == 0 else None
-    count = gpus or _workers(job)
+    count = gpus or most_workers(job)
     device = machine(gpu_memory, count, cuda, sharing(job), together(job))
     need = Need(
         shape,
@@ -153,16 +154,8 @@ def _need_here(job: JobConfig, cuda: bool, gpu: Gpu | None) -> Need | None:
         shape = read_shape(job.model)
     except UnplannableError:
         return None
-    device = machine(None, _workers(job), cuda, sharing(job), together(job), gpu)
+    device = machine(None, most_workers(job), cuda, sharing(job), together(job), gpu)
     return Need(shape, device, job, 1, job.data.max_length)
-
-
-def _workers(job: JobConfig) -> int | None:
-    """The job's workers, at most; None where the cluster decides."""
-    workers = job.cluster.workers
-    if workers == "auto":
-        return None
-    return workers[1] if isinstance(workers, tuple) else workers
 
 
 def _trials(need: Need) -> int:

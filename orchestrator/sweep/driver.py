@@ -12,7 +12,7 @@ from typing import Any
 from orchestrator.cluster.plan import WorkerPlan, plan_workers
 from orchestrator.cluster.session import Session, check_kept, session
 from orchestrator.config import JobConfig
-from orchestrator.errors import InterruptedRunError, OrchestratorError
+from orchestrator.errors import InterruptedRunError, OrchestratorError, last_line
 from orchestrator.plan import Gpu, refusal, unfit_trial
 from orchestrator.sweep import places, space
 from orchestrator.sweep.background import Background
@@ -175,16 +175,11 @@ def _speak_for(trials_dir: Path, found: Any) -> None:
             word = ("interrupted", "The sweep was killed before it had noted this trial")
         elif errors.get(outcome.trial_id) and outcome.status not in ("failed", "finished"):
             # Tune has tried as often as it may.
-            word = ("failed", _last_line(errors[outcome.trial_id]))
+            word = ("failed", last_line(errors[outcome.trial_id]))
         else:
             continue
         with JournalObserver(outcome.folder) as observer:
             observer.emit("finish", status=word[0], error=word[1])
-
-
-def _last_line(error: BaseException) -> str:
-    """Ray puts a process's whole traceback before the error's own words."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
 def _stop_engines(trials_dir: Path) -> None:
