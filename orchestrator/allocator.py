@@ -1,4 +1,4 @@
-"""Settings of the C library's heap that a process takes from its environment when it starts.
+"""Settings of its allocators that a process takes from its environment when it starts.
 
 glibc's `posix_memalign`, which gives torch its blocks on a CPU, cuts each from a larger piece. The
 leftovers, some 100 bytes on both sides, go to the thread's cache of small blocks, and what lies
@@ -17,6 +17,10 @@ _TUNABLES, _NO_CACHE = "GLIBC_TUNABLES", "glibc.malloc.tcache_count"
 # `training/memory.py` asks for: five times the page faults.
 _ARENAS = "MALLOC_ARENA_MAX"
 _NVIDIA = Path("/dev/nvidiactl")
+# Rows differ in every step, and torch's blocks on a GPU would fit none of the next ones: segments
+# that grow leave fewer holes. See "Optimizing memory usage" in torch's notes on CUDA.
+_SEGMENTS, _GROWING = "PYTORCH_ALLOC_CONF", "expandable_segments:True"
+_SEGMENTS_OF_OLD = "PYTORCH_CUDA_ALLOC_CONF"
 
 
 def settings(environment: Mapping[str, str]) -> dict[str, str]:
@@ -28,11 +32,19 @@ def settings(environment: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
+def gpu_settings(environment: Mapping[str, str]) -> dict[str, str]:
+    """What a process that trains on a GPU wants, where its environment says nothing of it."""
+    told = environment.keys() & {_SEGMENTS, _SEGMENTS_OF_OLD}
+    return {} if told else {_SEGMENTS: _GROWING}
+
+
 def restart_with_settings() -> None:
     """Start this very command again with the settings, where it trains on a CPU without them.
 
-    Not under a debugger, which would lose it.
+    Not under a debugger, which would lose it. On a GPU torch reads its settings later.
     """
+    if _NVIDIA.exists():
+        os.environ.update(gpu_settings(os.environ))
     wanted = settings(os.environ)
     alone = platform.libc_ver()[0] == "glibc" and not _NVIDIA.exists() and sys.gettrace() is None
     if wanted and alone and sys.executable:

@@ -130,6 +130,9 @@ def _sweep(
     from orchestrator.sweep.outcome import spent_seconds
 
     began = time.monotonic() - spent_seconds(run_dir)
+    with JournalObserver(run_dir) as observer:
+        # The pause before it is none of the sweep's time.
+        observer.emit("command")
     delivery, trials = Delivery(job, run_dir, say), TrialDeliveries(job, run_dir, say)
     delivery.start()
     trials.start()

@@ -277,7 +277,7 @@ class ClusterConfig(_Section):
     """CPUs that Ray gives each worker."""
     max_failures: Annotated[int, Field(ge=0)] = 3
     """Worker failures after which the run ends with exit status 1."""
-    collective_timeout: Annotated[float, Field(gt=0)] = 600
+    collective_timeout: Annotated[float, Field(ge=1)] = 600
     """Seconds of silence after which a worker counts as dead and the run starts again."""
 
 

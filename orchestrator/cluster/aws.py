@@ -9,10 +9,10 @@ _MARKET = "InstanceMarketOptions"
 
 
 class SpotFirst(AWSNodeProvider):  # type: ignore[misc]
-    """Ray's own provider, with a second try on demand for what EC2 refuses as spot.
+    """Ray's own provider, with a second try on demand for what EC2 does not give as spot.
 
     Ray's autoscaler (2.60) would ask for the refused type again and again: it turns to one of lower
-    priority only where an instance came and did not start.
+    priority only where an instance came and did not start. EC2 may give some of those asked for.
     """
 
     def create_node(
@@ -23,10 +23,19 @@ class SpotFirst(AWSNodeProvider):  # type: ignore[misc]
         Raises:
             NodeLaunchException: EC2 refuses them on demand too, in every zone.
         """
+        made: dict[str, Any] = {}
         try:
-            return dict(super().create_node(node_config, tags, count))
+            made = dict(super().create_node(node_config, tags, count))
         except NodeLaunchException:
             if _MARKET not in node_config:
                 raise
+        if len(made) >= count or _MARKET not in node_config:
+            return made
         on_demand = {key: value for key, value in node_config.items() if key != _MARKET}
-        return dict(super().create_node(on_demand, tags, count))
+        try:
+            return {**made, **super().create_node(on_demand, tags, count - len(made))}
+        except NodeLaunchException:
+            if not made:
+                raise
+            # Some came as spot; the autoscaler asks for the others again.
+            return made

@@ -1,5 +1,6 @@
 """One Ray Train run: as many QLoRA workers as the job asks for, restarted when they die."""
 
+import math
 import os
 import shutil
 import signal
@@ -283,11 +284,13 @@ def _trainer(
     work: Callable[[dict[str, Any]], Any],
     config: dict[str, Any],
 ) -> TorchTrainer:
+    silence = math.ceil(job.cluster.collective_timeout)
+    settings = allocator.gpu_settings if plan.gpus else allocator.settings
     return _Trainer(
         work,
         train_loop_config=config,
         # Workers agree over gloo; where they have GPUs they sum gradients in a group of NCCL's.
-        torch_config=TorchConfig(backend="gloo", timeout_s=int(job.cluster.collective_timeout)),
+        torch_config=TorchConfig(backend="gloo", timeout_s=silence),
         scaling_config=ray.train.ScalingConfig(
             num_workers=plan.workers,
             use_gpu=plan.gpus > 0,
@@ -301,7 +304,7 @@ def _trainer(
             failure_config=ray.train.FailureConfig(
                 max_failures=job.cluster.max_failures, controller_failure_limit=retries
             ),
-            worker_runtime_env={} if plan.gpus else {"env_vars": allocator.settings(os.environ)},
+            worker_runtime_env={"env_vars": settings(os.environ)},
         ),
     )
 

@@ -110,7 +110,9 @@ def plan_workers(
             f"cluster.workers: {least} workers of {worker} were asked for; the cluster has "
             f"{here}, {limit}"
         )
-    share = int(here.cpus // least) if own else int(worker.cpus)
+    # As many as start, of those that the cores are shared by.
+    at_once = least if isinstance(workers, int) else max(least, min(workers[1], held))
+    share = int(here.cpus // at_once) if own else int(worker.cpus)
     return WorkerPlan(workers, worker.gpus, worker.cpus, max(1, share), held < least)
 
 

@@ -118,6 +118,12 @@ def _inherited() -> Iterator[None]:
 
 
 def _connect(address: str, say: Callable[[str], None], environment: ExitStack) -> bool:
+    if address.startswith("ray://"):
+        raise RefusedError(
+            f"cluster.address: {address} is for Ray's client, through which nothing is trained. "
+            "Submit the job with `ray job submit`, or run the command on a node with "
+            "`cluster.address: auto`"
+        )
     options = {"log_to_driver": False, "logging_level": logging.ERROR}
     named = address != "auto" or bool(os.environ.get("RAY_ADDRESS"))
     if address != "local" and (named or _started_here()):

@@ -42,6 +42,7 @@ def as_worker(config: dict[str, Any], work: Callable[..., dict[str, Any]]) -> An
     if os.path.isdir(config["working_dir"]):
         # Relative paths in the job file mean the folder the command was given in.
         os.chdir(config["working_dir"])
+    place: Place | None = None
     try:
         device = _device(config["gpus"])
         world = _world(device, config["collective_timeout"])
@@ -56,6 +57,9 @@ def as_worker(config: dict[str, Any], work: Callable[..., dict[str, Any]]) -> An
         ):
             return work(found, device, world, observer)
     except OrchestratorError as error:
+        if isinstance(error, RefusedError) and place is not None and place.begun():
+            # Refused is only what has not begun.
+            return OrchestratorError(str(error))
         return error
 
 

@@ -19,7 +19,7 @@ import torch
 from filelock import FileLock
 
 from orchestrator.config import QuantizationConfig
-from orchestrator.errors import ModelError, first_line
+from orchestrator.errors import ModelError, OrchestratorError, first_line
 from orchestrator.model.base import ENTRY, load_tokenizer
 from orchestrator.model.dense import load_dense
 from orchestrator.model.gguf_weights import dequantize_gguf, read_one_by_one
@@ -103,7 +103,7 @@ class SharedFolder:
         """Copy a whole entry from the folder.
 
         Raises:
-            ModelError: the disk does not take it.
+            OrchestratorError: the disk does not take it.
         """
         if _complete(self._folder / entry.name):
             _copy(self._folder / entry.name, entry)
@@ -112,7 +112,7 @@ class SharedFolder:
         """Copy an entry to the folder.
 
         Raises:
-            ModelError: the disk does not take it.
+            OrchestratorError: the disk does not take it.
         """
         if not _complete(self._folder / entry.name):
             _copy(entry, self._folder / entry.name)
@@ -122,13 +122,16 @@ def _copy(entry: Path, target: Path) -> None:
     """Copy a whole entry, beside and renamed.
 
     Raises:
-        ModelError: the disk does not take it.
+        OrchestratorError: the disk does not take it.
     """
     try:
         with _beside(target) as folder:
             shutil.copytree(entry, folder, dirs_exist_ok=True)
     except OSError as error:
-        raise ModelError(f"The quantized base cannot be copied to {target}: {error}") from error
+        raise OrchestratorError(
+            f"The quantized base cannot be copied to {target}: {error}. Make room there, and run "
+            "the same command again"
+        ) from error
 
 
 def tokenizer(

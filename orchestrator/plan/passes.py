@@ -215,5 +215,5 @@ def _prepared(shape: Shape, planned: Pass, depth: int) -> Any:
     if not planned.cuda:
         fuse(model)
     if planned.checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     return model

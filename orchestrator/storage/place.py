@@ -3,6 +3,7 @@
 The command that runs a job and the workers that train it ask for the same things either way.
 """
 
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -218,10 +219,13 @@ class StorePlace(Place):
         """Whether that word is seen here.
 
         Raises:
-            RefusedError: the store cannot be read from here.
+            OrchestratorError: the store cannot be read from here.
         """
-        with self._or_else(RefusedError, "cannot be read"):
-            return self._store.read(_PROOF) == proof.encode()
+        found: list[bytes | None] = []
+        with self._or_else(OrchestratorError, f"cannot be read on node {platform.node()}"):
+            # Workers ask at each start, and a store that is away for a moment refuses nobody.
+            patiently(lambda: found.append(self._store.read(_PROOF)))
+        return found == [proof.encode()]
 
     def remove(self, proof: str) -> None:
         """Take it away; one that stays does no harm."""

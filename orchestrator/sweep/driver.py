@@ -108,7 +108,6 @@ def _reason(on_gpu: bool, gpu: Gpu | None, job: JobConfig) -> str | None:
 
 
 def _tell_places(run_dir: Path, count: int) -> None:
-    """Before any engine writes the sweep's journal."""
     with JournalObserver(run_dir) as observer:
         observer.emit("places", places=count)
 
@@ -117,27 +116,30 @@ def _shared(sweep: _Sweep) -> dict[str, Any]:
     """Trials as tenants of one engine."""
     with _engine(sweep, sweep.job, sweep.run_dir) as engine:
         tuning = _tune(sweep, engine.desk)
-        with _left_in_haste(tuning):
+        with _left_behind(tuning):
             while not tuning.ended and not engine.ended:
                 time.sleep(_WAIT_SECONDS)
-        if not tuning.ended:
-            engine.result()
-            raise OrchestratorError("The engine ended before the trials; see Ray's logs")
-        _speak_for(sweep.trials_dir, tuning.result())
+            if not tuning.ended:
+                engine.result()
+                raise OrchestratorError("The engine ended before the trials; see Ray's logs")
+        _speak_for(sweep.trials_dir, tuning.result(), sweep.say)
         best = sweep.best()
         return engine.close(best and best.folder)
 
 
 def _isolated(sweep: _Sweep) -> dict[str, Any]:
     """Each trial starts an engine for itself; one more proves the best adapter."""
+    for folder in _engine_folders(sweep.trials_dir):
+        # Left by engines that were killed.
+        (folder / "running").unlink(missing_ok=True)
     tuning = _tune(sweep, None)
-    with _left_in_haste(tuning):
+    with _left_behind(tuning):
         while not tuning.ended:
             time.sleep(_WAIT_SECONDS)
             if stop_path(sweep.run_dir).exists():
                 _stop_engines(sweep.trials_dir)
                 raise InterruptedRunError("The sweep was stopped; every trial has its checkpoint")
-    _speak_for(sweep.trials_dir, tuning.result())
+    _speak_for(sweep.trials_dir, tuning.result(), sweep.say)
     best = sweep.best()
     if best is None:
         return {}
@@ -157,17 +159,25 @@ def _tune(sweep: _Sweep, desk: Any) -> Background:
 
 
 @contextmanager
-def _left_in_haste(tuning: Background) -> Iterator[None]:
-    """Who interrupts twice leaves Ray at once; a thread that asked it then would end all."""
+def _left_behind(tuning: Background) -> Iterator[None]:
+    """Tune's loop ends before what it works with: with no engine it would only count failures.
+
+    Asking a Ray that was left, its thread would end the whole process.
+    """
     try:
         yield
-    except KeyboardInterrupt:
-        tuning.abandon(_HASTE_SECONDS)
-        raise
+    finally:
+        if not tuning.ended:
+            tuning.abandon(_HASTE_SECONDS)
 
 
-def _speak_for(trials_dir: Path, found: Any) -> None:
+def _speak_for(trials_dir: Path, found: Any, say: Callable[[str], None]) -> None:
     """Give a last word to trials that could not say it themselves."""
+    for result in found:
+        trial = Path(result.path).name
+        if not (trials_dir / trial / "job.yaml").exists() and "error" in (result.metrics or {}):
+            # Of values that make no job file.
+            say(f"Trial {trial} of {result.config} failed: {result.metrics['error']}")
     errors = {Path(result.path).name: result.error for result in found}
     for outcome in outcomes(trials_dir):
         if outcome.trial_id not in errors and not outcome.settled:
@@ -182,10 +192,13 @@ def _speak_for(trials_dir: Path, found: Any) -> None:
             observer.emit("finish", status=word[0], error=word[1])
 
 
+def _engine_folders(trials_dir: Path) -> list[Path]:
+    return [engine_folder(path.parent) for path in trials_dir.glob("*/job.yaml")]
+
+
 def _stop_engines(trials_dir: Path) -> None:
     """Ask every isolated trial's engine to save and end, and wait for it."""
-    folders = [path.parent for path in trials_dir.glob("*/job.yaml")]
-    running = [engine_folder(f) for f in folders if (engine_folder(f) / "running").exists()]
+    running = [f for f in _engine_folders(trials_dir) if (f / "running").exists()]
     for folder in running:
         stop_path(folder).touch()
     end = time.monotonic() + _SAVE_SECONDS

@@ -1,5 +1,6 @@
 """What runs on each worker of the Ray Train run whose tenants the trials are."""
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -7,11 +8,14 @@ from typing import Any
 import ray
 
 from orchestrator.cluster.worker import as_worker
-from orchestrator.errors import OrchestratorError
+from orchestrator.errors import OrchestratorError, RefusedError
+from orchestrator.places import write_whole
 from orchestrator.training.membership import Wishes
 
 _PAUSE_SECONDS = 0.02
 _ANSWER_SECONDS = 60
+# What a sweep's trials have in common: base and data.
+_GROUND = ".ground.json"
 
 
 def serve(config: dict[str, Any]) -> Any:
@@ -29,6 +33,9 @@ def _serve(config: dict[str, Any], device: Any, world: Any, observer: Any) -> di
     ground = open_ground(
         config["job"], cache_dir(), device, world, observer, shared=shared, trials=trials
     )
+    with world.together():
+        if config["job"].sweep is not None:
+            _check_ground(ground.identity, config["job"].run_dir, world.leads)
     entry, dtype = ground.entry, ground.engine.base.dtype
     best = Host(ground, DeskMembership(config["desk"]), observer, trials).run()
     results = {"workers": world.size, "peak_memory_bytes": memory.peak_bytes(device)}
@@ -40,6 +47,25 @@ def _serve(config: dict[str, Any], device: Any, world: Any, observer: Any) -> di
     ids, logits = export.kept_claim(adapter)
     proof = export.prove_adapter(adapter, entry, device, dtype, ids, logits, trust)
     return {**results, "proof": proof}
+
+
+def _check_ground(identity: dict[str, str], run_dir: Path, leads: bool) -> None:
+    """Trials of one sweep are trained on one base and one set of rows, whatever command goes on.
+
+    Raises:
+        RefusedError: the files have changed since it began.
+    """
+    kept = run_dir / _GROUND
+    if not kept.exists():
+        if leads:
+            write_whole(kept, json.dumps(identity))
+    elif (before := json.loads(kept.read_text())) != identity:
+        changed = " and ".join(name for name in identity if identity[name] != before.get(name))
+        raise RefusedError(
+            f"{run_dir} holds a sweep over another {changed}: the files, the compute dtype or a "
+            "library's version changed. Restore them, give the job another name, or delete that "
+            "folder"
+        )
 
 
 class DeskMembership:

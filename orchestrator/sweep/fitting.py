@@ -5,7 +5,7 @@ from typing import Any
 
 from orchestrator.config import LISTED_KINDS, JobConfig, SweepConfig
 from orchestrator.errors import RefusedError
-from orchestrator.sweep.space import holds, with_params
+from orchestrator.sweep.space import Params, holds, with_params
 
 # Keys whose values decide how large an adapter is.
 _SIZES = ("lora.rank", "lora.target_modules")
@@ -33,6 +33,19 @@ def leave_out(job: JobConfig, reason: Reason, say: Callable[[str], None]) -> Job
     if len(points) < len(sweep.points):
         say(f"sweep.points: {len(sweep.points) - len(points)} of them cannot fit and are left out")
     return job.model_copy(update={"sweep": _with(sweep, space, points)})
+
+
+def left_out(sweep: SweepConfig, params: Params) -> str | None:
+    """Why a trial is not trained: a searcher that goes on proposes of the space it began with.
+
+    Args:
+        sweep: of the job that `leave_out` gave.
+        params: what was proposed, by key.
+    """
+    for key in _SIZES:
+        if key in params and not holds(sweep.search_space[key], params[key]):
+            return f"{key}={params[key]} does not fit in the memory here, and is left out"
+    return None
 
 
 def _fitting(

@@ -73,8 +73,7 @@ def spent_seconds(run_dir: Path) -> float:
     )
     spent = last = 0.0
     for moment, event in times:
-        # Each command says first how many places it has.
-        spent += 0.0 if event == "places" or not last else moment - last
+        spent += 0.0 if event == "command" or not last else moment - last
         last = moment
     return spent
 

@@ -1,5 +1,6 @@
 """Ray Tune's searchers and schedulers, as a job file names them."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,20 @@ def param_space(sweep: SweepConfig) -> dict[str, Any]:
     return {key: _domain(sweep, domain) for key, domain in sweep.search_space.items()}
 
 
-def searcher(sweep: SweepConfig, places: int) -> Any:
-    """Who proposes trials, as many at a time as there are places."""
+def searcher(sweep: SweepConfig, places: int, known: Callable[[], dict[str, bool]]) -> Any:
+    """Who proposes trials.
+
+    Args:
+        sweep: of the job.
+        places: trials at a time.
+        known: whether each trial that Tune knows from an earlier command has ended. Tune writes a
+            searcher's state and its own one after the other, and a kill may come between.
+    """
     points = [dict(point) for point in sweep.points] or None
     if sweep.searcher != "optuna":
-        return _Variants(points_to_evaluate=points, random_state=sweep.seed, max_concurrent=places)
+        return _Variants(
+            known, points_to_evaluate=points, random_state=sweep.seed, max_concurrent=places
+        )
     import optuna
     from ray.tune.search.optuna import OptunaSearch
 
@@ -35,23 +45,56 @@ def searcher(sweep: SweepConfig, places: int) -> Any:
     found = OptunaSearch(
         metric=sweep.metric, mode=sweep.mode, points_to_evaluate=points, seed=sweep.seed
     )
-    return _Limited(found, max_concurrent=places)
+    return _Limited(known, found, max_concurrent=places)
 
 
 class _Variants(BasicVariantGenerator):  # type: ignore[misc]
-    """Goes on with the places of the present command, not with those of the first one."""
+    """Goes on with the places of the present command, and with Tune's trials, no more, no less."""
+
+    def __init__(self, known: Callable[[], dict[str, bool]], **settings: Any) -> None:
+        super().__init__(**settings)
+        self._known, self._proposed = known, frozenset[str]()
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Take over what an earlier command has proposed."""
-        super().set_state({**state, "max_concurrent": self.max_concurrent})
+        known = self._known()
+        own = {"max_concurrent": self.max_concurrent, "_known": self._known}
+        live = _unfinished(state["_live_trials"], known)
+        super().set_state({**state, **own, "_live_trials": live, "_proposed": frozenset(known)})
+
+    def next_trial(self) -> Any:
+        """The next one that Tune does not have yet."""
+        trial = super().next_trial()
+        while trial is not None and trial.trial_id in self._proposed:
+            trial = super().next_trial()
+        return trial
 
 
 class _Limited(ConcurrencyLimiter):  # type: ignore[misc]
     """As `_Variants`, around a searcher that has no limit of its own."""
 
+    def __init__(self, known: Callable[[], dict[str, bool]], *around: Any, **settings: Any) -> None:
+        super().__init__(*around, **settings)
+        self._known = known
+
+    def get_state(self) -> dict[str, Any]:
+        """What the next command needs."""
+        return {name: value for name, value in super().get_state().items() if name != "_known"}
+
     def set_state(self, state: dict[str, Any]) -> None:
         """Take over what an earlier command has proposed."""
-        super().set_state({**state, "max_concurrent": self.max_concurrent})
+        live = _unfinished(state["live_trials"], self._known())
+        own = {"max_concurrent": self.max_concurrent, "live_trials": live}
+        super().set_state({**state, **own, "num_unfinished_live_trials": len(live)})
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Of a trial that it proposed; it may not remember the last one before a kill."""
+        if trial_id in self.live_trials:
+            super().on_trial_result(trial_id, result)
+
+
+def _unfinished(live: set[str], known: dict[str, bool]) -> set[str]:
+    return {trial for trial in live if known.get(trial) is False}
 
 
 def scheduler(job: JobConfig, sweep: SweepConfig, memory: Path) -> Any:

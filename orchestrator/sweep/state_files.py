@@ -54,6 +54,14 @@ def has_state(folder: Path) -> bool:
     return any(folder.glob(_STATES))
 
 
+def known_trials(folder: Path) -> dict[str, bool]:
+    """Each trial in the state that a killed sweep would go on from, and whether it has ended."""
+    newest = max(folder.glob(_STATES), default=None)
+    kept = [] if newest is None else json.loads(newest.read_text())["trial_data"]
+    trials = [json.loads(trial) for trial, _ in kept]
+    return {trial["trial_id"]: trial["status"] == "TERMINATED" for trial in trials}
+
+
 def check_readable(folder: Path) -> None:
     """The state that a killed sweep would go on from is whole.
 

@@ -17,6 +17,7 @@ from orchestrator.cluster.session import Session
 from orchestrator.config import JobConfig, SweepConfig
 from orchestrator.errors import InterruptedRunError, OrchestratorError
 from orchestrator.places import write_whole
+from orchestrator.sweep.fitting import left_out
 from orchestrator.sweep.space import trial_job
 from orchestrator.tracking.observer import JournalObserver, stop_path
 from orchestrator.training.membership import Member
@@ -81,6 +82,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]
 
     def _choose(self, config: dict[str, Any]) -> None:
         context, self._error = self._context, ""
+        self._left_out = left_out(context.sweep, config)
         self._folder = context.trials_dir / self._name
         try:
             self._job = trial_job(context.job, self._name, context.trials_dir, config, context.uri)
@@ -92,6 +94,9 @@ class Trial(tune.Trainable):  # type: ignore[misc]
         if self._error:
             return self._failed(self._error)
         self._write_job()
+        if self._left_out:
+            self._tell(self._left_out)
+            return self._failed(self._left_out)
         while True:
             desk = self._desk()
             member = Member(self._job, self._folder, self._after, self._fork, self._generation)

@@ -1,13 +1,19 @@
 """Ray Tune's part: proposes trials, decides which go on, and remembers both across kills."""
 
 import os
+from functools import partial
 from pathlib import Path
 
 from ray import tune
 
 from orchestrator.config import JobConfig, SweepConfig
 from orchestrator.sweep import search
-from orchestrator.sweep.state_files import check_readable, has_state, whole_files
+from orchestrator.sweep.state_files import (
+    check_readable,
+    has_state,
+    known_trials,
+    whole_files,
+)
 from orchestrator.sweep.trial import Context, Trial
 
 _FOLDER = ".tune"
@@ -80,7 +86,7 @@ def _tune_config(job: JobConfig, sweep: SweepConfig, places: int, folder: Path) 
     return tune.TuneConfig(
         metric=None if told else sweep.metric,
         mode=None if told else sweep.mode,
-        search_alg=search.searcher(sweep, places),
+        search_alg=search.searcher(sweep, places, partial(known_trials, folder)),
         scheduler=search.scheduler(job, sweep, folder / _MEMORY),
         num_samples=1 if sweep.searcher == "grid" else sweep.trials,
         time_budget_s=sweep.time_budget,

@@ -37,7 +37,7 @@ def register(
 
 
 def _crown(client: MlflowClient, name: str, candidate: Version) -> None:
-    """Let a version take the alias if it is the best.
+    """Let a version take the alias if it is the best; where none has it, the best of all gets it.
 
     MLflow cannot set an alias on a condition, and another run may do the same meanwhile: a version
     must be better than those registered after the champion too, and a better one that came while it
@@ -45,7 +45,7 @@ def _crown(client: MlflowClient, name: str, candidate: Version) -> None:
     """
     champion = _champion(client, name)
     best = successor(champion, [candidate, *_registered_after(client, name, champion)])
-    if best is not candidate:
+    if champion is not None and best is not candidate:
         return
     while best and best is not champion:
         client.set_registered_model_alias(name, ALIAS, best.number)

@@ -99,7 +99,9 @@ def apply(budget: Budget, model: Any) -> None:
     """Switch gradient checkpointing on or off; transformers wants training mode for it."""
     model.train()
     if budget.checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        # Only the adapters' dropout draws, from generators of its own.
+        options = {"use_reentrant": False, "preserve_rng_state": False}
+        model.activation_checkpointing_enable(options)
     else:
         model.activation_checkpointing_disable()
 

@@ -189,6 +189,9 @@ def join(rank: int, size: int, device: torch.device, node: str, timeout: float) 
         # NCCL takes no GPU twice; workers that share one sum through gloo.
         if kinds == {"cuda"} and len(set(found)) == size:
             tensors = dist.new_group(backend="nccl", timeout=timedelta(seconds=timeout))
+            # It connects with its first sum, and takes memory of which the plan is to know.
+            dist.all_reduce(torch.zeros(1, device=device), group=tensors)
+            torch.cuda.synchronize(device)
     if len(kinds) > 1:
         raise RefusedError(
             "cluster.gpus_per_worker: some workers see a GPU and some do not; Ray's GPUs must be "

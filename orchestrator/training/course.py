@@ -88,7 +88,12 @@ def enter(ground: Ground, job: JobConfig, folder: Path, observer: Observer) -> C
             "whole job. Lower it, or raise training.epochs"
         )
     adapter = ground.engine.adapters.add(job.lora, training.seed)
-    return Course(ground, job, folder, Tenant(adapter, training, total), observer, total)
+    try:
+        tenant = Tenant(adapter, training, total)
+    except BaseException:
+        ground.engine.adapters.remove(adapter)
+        raise
+    return Course(ground, job, folder, tenant, observer, total)
 
 
 def leave(course: Course) -> None:
@@ -196,6 +201,13 @@ def take_step(course: Course, result: StepResult, seconds: float, waited: float)
             "training.max_grad_norm under another name, or look at the data of this step; the "
             f"last checkpoint is in {course.folder}"
         )
+    if course.tenant.diverged(result.update):
+        raise TrainingError(
+            f"The gradient of step {step} is not finite; nothing was changed by it. Lower "
+            f"training.learning_rate (now {course.job.training.learning_rate}) under another "
+            "name, take quantization.compute_dtype: float32, or look at the data of this step; "
+            f"the last checkpoint is in {course.folder}"
+        )
     course.progress = course.progress.stepped(result.loss, result.tokens, seconds)
     course.observer.emit(
         "step",
@@ -300,10 +312,15 @@ def save(course: Course) -> None:
     course.observer.emit("checkpoint", step=step, path=str(path), seconds=seconds)
 
 
+def adapter_path(course: Course) -> Path:
+    """Where its adapter is saved."""
+    return course.folder / "adapter"
+
+
 def save_adapter(course: Course) -> Path:
     """Save the adapter as a PEFT folder, patiently."""
     adapter, base = course.tenant.adapter, course.ground.engine.base
-    path = course.folder / "adapter"
+    path = adapter_path(course)
     patiently(lambda: export.save_adapter(adapter, base, course.job.model.base, path), course.say)
     return path
 

@@ -72,6 +72,11 @@ def keep_claim(folder: Path, ids: Tensor, logits: Tensor) -> None:
     save_file({"ids": ids, "logits": logits}, _claim_path(folder))
 
 
+def has_claim(folder: Path) -> bool:
+    """Whether an adapter was saved and its claim kept."""
+    return _claim_path(folder).exists()
+
+
 def kept_claim(folder: Path) -> tuple[Tensor, Tensor]:
     """What `keep_claim` kept."""
     kept = load_file(_claim_path(folder))

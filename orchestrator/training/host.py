@@ -38,6 +38,8 @@ Layout = Literal["fused", "in turn", "side by side"]
 _TRIED_ROUNDS = 3
 _AGAIN_ROUNDS = 16
 _LATEST_ROUNDS = 32
+# What takes so many times as long as the best is not tried again.
+_HOPELESS = 1.5
 
 
 class Host:
@@ -120,11 +122,13 @@ class Host:
         for name, member in wishes.members.items():
             if name not in self._courses:
                 if self._places is None or len(self._courses) < self._places:
-                    self._alone(name, partial(self._join, name, member))
+                    enter = partial(self._enter, name, member)
+                    self._alone(name, enter, partial(self._begin, name))
+                    self._tell(name)
             elif name in wishes.unheard:
                 self._tell(name)
 
-    def _join(self, name: str, member: Member) -> None:
+    def _enter(self, name: str, member: Member) -> None:
         observer = self._observer_of(member.folder)
         try:
             state = course.enter(self._ground, _unpaged(member.job), member.folder, observer)
@@ -133,6 +137,10 @@ class Host:
             _close_observer(observer)
             raise
         self._courses[name], self._members[name] = state, member
+
+    def _begin(self, name: str) -> None:
+        """From the base itself, from a checkpoint, or from another trial's."""
+        state, member = self._courses[name], self._members[name]
         course.resume(state, member.origin)
         if member.fork is not None and state.forked_from != member.origin:
             course.fork(state, member.fork, member.origin)
@@ -141,7 +149,10 @@ class Host:
         if state.progress.step == 0:
             course.evaluate(state, self._base_loss)
             self._base_loss = state.progress.eval_loss
-        self._tell(name)
+        adapter = course.adapter_path(state)
+        if state.done and self._world.leads and not export.has_claim(adapter):
+            # Killed between its last checkpoint and its adapter.
+            self._save_adapter(state)
 
     def _round(self, names: list[str]) -> None:
         """One optimizer step of each, and the evaluations that are due then."""
@@ -183,11 +194,16 @@ class Host:
         self, groups: Sequence[list[str]], batches: dict[str, list[Segment]]
     ) -> Iterator["_Passed"]:
         """A step of each group; who lacks the memory for it alone has failed, without the rest."""
+        engine = self._ground.engine
         for group in groups:
+            tokens = engine.tokens_per_pass
             try:
-                yield self._pass(group, batches, self._ground.engine)
+                yield self._pass(group, batches, engine)
             except TrainingError as error:
-                # All workers know of it, and nothing was changed by it.
+                # All workers know of it, and nothing was changed by it. The rows that it was cut
+                # down to in vain are not what the others need.
+                engine.shortened(engine.tokens_per_pass, tokens)
+                engine.tokens_per_pass = tokens
                 if len(group) > 1:
                     yield from self._in_turn([[name] for name in group], batches)
                 else:
@@ -225,6 +241,7 @@ class Host:
         for name in names:
             if name in due:
                 self._alone(name, partial(self._evaluate, name, losses.get(name)))
+                self._tell(name)
             else:
                 course.save_if_due(self._courses[name])
         self._evaluations_pace.measured(len(due), layout, len(due), time.perf_counter() - began)
@@ -248,7 +265,7 @@ class Host:
         return dict(zip(names, self._lanes.run(works), strict=True))
 
     def _evaluate(self, name: str, loss: Future[float] | None) -> None:
-        """Evaluate, save, and tell; a trial that is at its end has its adapter by then."""
+        """Evaluate and save; a trial that is at its end has its adapter by then."""
         state = self._courses[name]
         if loss is None or isinstance(loss.exception(), TrainingError):
             # Alone, or again alone, for the neighbours took the memory that it lacked.
@@ -262,7 +279,6 @@ class Host:
                 self._save_adapter(state)
         else:
             course.save_if_due(state, asked=True)
-        self._tell(name)
 
     def _save_adapter(self, state: Course) -> None:
         path = course.save_adapter(state)
@@ -276,20 +292,26 @@ class Host:
         state.observer.emit("adapter", step=step, path=str(path), eval_loss=loss)
 
     def _tell(self, name: str) -> None:
-        if self._world.leads:
+        """What its evaluations said; a desk that does not hear it is no fault of the member."""
+        if self._world.leads and name in self._courses:
             reports = self._courses[name].progress.reports
             self._membership.report(name, [dict(report) for report in reports])
 
-    def _alone(self, name: str, part: Callable[[], None]) -> None:
-        """Do a part of one member's work; its error ends that member on every worker."""
+    def _alone(self, name: str, *parts: Callable[[], None]) -> None:
+        """Do parts of one member's work; an error in any ends that member on every worker.
+
+        All workers have done a part before the next begins: one that failed meets the others
+        there, who would else wait for it in a collective of theirs.
+        """
         try:
-            with self._world.together():
-                try:
-                    part()
-                except (OrchestratorError, WorkerLostError):
-                    raise
-                except Exception as error:
-                    raise OrchestratorError(f"{type(error).__name__}: {error}") from error
+            for part in parts:
+                with self._world.together():
+                    try:
+                        part()
+                    except (OrchestratorError, WorkerLostError):
+                        raise
+                    except Exception as error:
+                        raise OrchestratorError(f"{type(error).__name__}: {error}") from error
         except OrchestratorError as error:
             self._fail(name, str(error))
 
@@ -367,15 +389,23 @@ class Pace:
         possible: list[Layout] = [*self._layouts, "side by side"] if beside else self._layouts
         tried = {layout: self._tried[adapters, layout] for layout in possible}
         least = min(possible, key=lambda layout: tried[layout])
-        if tried[least] < self._tries or sum(tried.values()) % _AGAIN_ROUNDS == 0:
+        if tried[least] < self._tries:
             return least
-        return min(possible, key=lambda layout: fmean(self._seconds_per_token[adapters, layout]))
+        means = {layout: fmean(self._seconds_per_token[adapters, layout]) for layout in possible}
+        best = min(possible, key=lambda layout: means[layout])
+        if sum(tried.values()) % _AGAIN_ROUNDS == 0:
+            hopeful = [layout for layout in possible if means[layout] < _HOPELESS * means[best]]
+            return min(hopeful, key=lambda layout: tried[layout])
+        return best
 
     def measured(self, adapters: int, layout: Layout, tokens: int, seconds: float) -> None:
         """What a round took."""
         if tokens:
             key = (adapters, layout)
             latest = self._seconds_per_token.setdefault(key, deque(maxlen=_LATEST_ROUNDS))
+            if self._tried[key] == 1:
+                # The first one loads kernels and takes memory from the system.
+                latest.clear()
             latest.append(seconds / tokens)
             self._tried[key] += 1
 

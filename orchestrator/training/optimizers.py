@@ -15,6 +15,8 @@ _EPS = 1e-8
 _MOST_PAGED = 2**31 - 1
 # What bitsandbytes keeps in paged memory; the rest is small.
 _PAGED = ("state1", "state2")
+# The same moments in torch's words.
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def resolve(name: str, device: torch.device, parameters: int = 0) -> str:
@@ -57,6 +59,21 @@ def build(config: TrainingConfig, parameter: nn.Parameter) -> torch.optim.Optimi
 
     paged = PagedAdamW8bit if name == "paged_adamw_8bit" else PagedAdamW32bit
     return paged([parameter], **options)
+
+
+def translated(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """A saved state in an optimizer's own words.
+
+    A run of `auto` may go on on another kind of device: torch's AdamW and the paged one of 32 bit
+    keep the same float32 moments under other names.
+    """
+    of_torch = isinstance(optimizer, torch.optim.AdamW)
+    before, now = (_PAGED, _MOMENTS) if of_torch else (_MOMENTS, _PAGED)
+    if not set(before) <= state.keys():
+        return state
+    names = dict(zip(before, now, strict=True))
+    step = torch.tensor(float(state["step"])) if of_torch else int(state["step"])
+    return {**{names.get(name, name): value for name, value in state.items()}, "step": step}
 
 
 def page(optimizer: Any) -> None:

@@ -190,6 +190,8 @@ def _config_at(config: ModelConfig, path: Path) -> ModelConfig:
 
 def _tell_shortened(observer: Observer, before: int, after: int) -> None:
     observer.emit("budget", tokens_per_pass=after, before=before)
+    if after >= before:
+        return
     observer.emit(
         "warning",
         message=f"Out of memory: from here on a pass takes at most {after} tokens, not {before}. "

@@ -13,6 +13,8 @@ from orchestrator.model.adapters import Adapter
 from orchestrator.training import optimizers
 from orchestrator.training.schedule import learning_rate
 
+# Scaled by less, a loss loses nothing to float16 that more would save: what overflows is no scale.
+_LEAST_SCALE = 1.0
 _WRAPPED = "__bnb_optimizer_quant_state__"
 
 
@@ -67,6 +69,15 @@ class Tenant:
         self.adapter.publish()
         return Update(rate, norm, applied)
 
+    def diverged(self, update: Update) -> bool:
+        """Whether a step was left out for a reason that the next ones will meet too.
+
+        In float16 a gradient may overflow now and then; its scale is halved each time.
+        """
+        if update.applied:
+            return False
+        return not self.scaler.is_enabled() or self.scaler.get_scale() < _LEAST_SCALE
+
     def discard(self) -> None:
         """Forget the gradient of a step that is not taken."""
         self.adapter.gradient.zero_()
@@ -88,7 +99,7 @@ class Tenant:
         """Take over what `optimizer_tensors` and `numbers` gave."""
         optimizers.release(self.optimizer)
         content = self.optimizer.state_dict()
-        state = {**tensors, **numbers["optimizer"]}
+        state = optimizers.translated({**tensors, **numbers["optimizer"]}, self.optimizer)
         content["state"] = {0: state} if state else {}
         self.optimizer.load_state_dict(content)
         optimizers.page(self.optimizer)

@@ -200,6 +200,9 @@ def test_a_resumed_run_is_the_same_run_and_the_same_version(tmp_path: Path) -> N
 
     assert [champion_after("equal", 2.0), champion_after("none", None)] == ["1", "1"]
     assert champion_after("better", 1.9) == "4"
+    # Where none has the alias, the best of all gets it.
+    client.delete_registered_model_alias("bot", "champion")
+    assert champion_after("worse", 3.0) == "4"
 
 
 KILLED_IN_CREATE = """

@@ -34,6 +34,12 @@ def test_what_the_user_has_set_stands(environment: dict[str, str], wanted: dict[
     assert allocator.settings({**environment, **wanted}) == {}
 
 
+def test_a_gpus_segments_grow_unless_the_user_has_said_otherwise() -> None:
+    assert allocator.gpu_settings({}) == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        assert allocator.gpu_settings({name: "max_split_size_mb:512"}) == {}
+
+
 def test_a_command_starts_again_once_as_it_was_called(monkeypatch: pytest.MonkeyPatch) -> None:
     if allocator.platform.libc_ver()[0] != "glibc" or allocator._NVIDIA.exists():
         pytest.skip("only where a CPU trains over glibc")

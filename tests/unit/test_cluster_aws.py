@@ -31,10 +31,12 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str
 
 
 @pytest.fixture
-def provider(config: dict[str, Any]) -> SpotFirst:
+def provider(config: dict[str, Any]) -> Iterator[SpotFirst]:
     found = _get_node_provider(config["provider"], config["cluster_name"], use_cache=False)
     assert isinstance(found, SpotFirst)
-    return found
+    yield found
+    # Ray keeps its client of EC2 for the next provider, with what a test has put in its place.
+    vars(found.ec2_fail_fast).pop("create_instances", None)
 
 
 def refuse(provider: SpotFirst, asked: Asked, *markets: bool) -> None:
@@ -52,9 +54,9 @@ def refuse(provider: SpotFirst, asked: Asked, *markets: bool) -> None:
     provider.ec2_fail_fast.create_instances = answer
 
 
-def start(provider: SpotFirst, config: dict[str, Any]) -> dict[str, Any]:
+def start(provider: SpotFirst, config: dict[str, Any], count: int = 1) -> dict[str, Any]:
     node_config = config["available_node_types"]["gpu"]["node_config"]
-    return provider.create_node(node_config, {"ray-node-type": "worker"}, 1)
+    return provider.create_node(node_config, {"ray-node-type": "worker"}, count)
 
 
 def test_workers_are_spot_instances(provider: SpotFirst, config: dict[str, Any]) -> None:
@@ -79,3 +81,21 @@ def test_what_ec2_refuses_on_demand_too_is_told(
     refuse(provider, [], True, False)
     with pytest.raises(NodeLaunchException):
         start(provider, config)
+
+
+def test_of_spot_that_is_there_in_part_the_rest_comes_on_demand(
+    provider: SpotFirst, config: dict[str, Any]
+) -> None:
+    asked: Asked = []
+    refuse(provider, asked)
+    create = provider.ec2_fail_fast.create_instances
+
+    def answer(**request: Any) -> Any:
+        # EC2 gives what it has, from the least that was asked for on; moto gives the least.
+        there = 1 if "InstanceMarketOptions" in request else request["MaxCount"]
+        return create(**{**request, "MinCount": there})
+
+    provider.ec2_fail_fast.create_instances = answer
+    made = start(provider, config, 3)
+    assert len(made) == 3 and asked == [True, False]
+    assert set(provider.non_terminated_nodes({"ray-node-type": "worker"})) == set(made)

@@ -21,7 +21,7 @@ ALL_USED = {"CPU": 6.0}
 
 
 class Cluster:
-    """Nodes a and b with two GPUs each, of which Ray Train believes that all four are ours."""
+    """Nodes a and b with two GPUs each."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.alive = {"a": True, "b": True}
@@ -33,7 +33,7 @@ class Cluster:
         monkeypatch.setattr(elastic, "_is_known", lambda actor: True)
         monkeypatch.setattr(elastic, "_PAUSE_SECONDS", 0.0)
         monkeypatch.setattr(LivingNodes, "_maybe_send_resource_request", lambda _: None)
-        monkeypatch.setattr(LivingNodes, "_get_reserved_resources", lambda _: {"a": HAS, "b": HAS})
+        monkeypatch.setattr(elastic, "placement_group_table", lambda bundles: bundles)
 
     def _nodes(self) -> list[dict[str, Any]]:
         return [{"NodeID": n, "Alive": live, "Resources": HAS} for n, live in self.alive.items()]
@@ -61,8 +61,10 @@ def started(decision: Any) -> int:
 
 def running(policy: LivingNodes, *nodes: str) -> int:
     """What the policy says to a group with a worker on each of these nodes."""
-    workers = [SimpleNamespace(actor=None, metadata=SimpleNamespace(node_id=n)) for n in nodes]
-    group = SimpleNamespace(workers=workers, num_workers=len(workers), start_time=0.0)
+    workers = [SimpleNamespace(actor=None) for _ in nodes]
+    bundles = {"bundles_to_node_id": dict(enumerate(nodes))}
+    place = SimpleNamespace(placement_group=bundles)
+    group = SimpleNamespace(workers=workers, start_time=0.0, placement_group_handle=place)
     decision = policy.make_decision_for_running_worker_group(group, None)
     assert isinstance(decision, NoopDecision) or decision.resources_per_worker == EACH
     return started(decision)
@@ -98,6 +100,44 @@ def test_the_place_of_the_last_group_counts_once(cluster: Cluster, tmp_path: Pat
     assert started(again.make_decision_for_non_running_worker_group()) == 2
     # They did not start, and by now another job has what they had.
     assert started(again.make_decision_for_non_running_worker_group()) == 0
+
+
+def test_a_bundle_that_moved_to_another_node_is_still_the_runs_own(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """Ray moves those of a node that died, and the run would wait for its own place."""
+    again = policy(tmp_path, least=3)
+    cluster.alive = {"a": True, "b": True, "c": True}
+    cluster.free = {"a": ALL_USED, "b": ALL_USED, "c": HAS}
+    assert running(again, "a", "a", "b") == 4
+    table = {"bundles_to_node_id": {0: "a", 1: "a", 2: "b"}}
+    place = SimpleNamespace(placement_group=table)
+    group = SimpleNamespace(
+        workers=[SimpleNamespace(actor=None)] * 3, start_time=0.0, placement_group_handle=place
+    )
+    cluster.free["c"] = ALL_USED
+    again.make_decision_for_running_worker_group(group, None)
+    cluster.alive["b"], cluster.free["c"] = False, {"CPU": 7.0, "GPU": 0.0}
+    assert started(again.make_decision_for_non_running_worker_group()) == 0
+    table["bundles_to_node_id"][2] = "c"
+    assert started(again.make_decision_for_non_running_worker_group()) == 3
+
+
+def test_a_group_that_grows_gives_its_place_back_once(cluster: Cluster, tmp_path: Path) -> None:
+    grown = policy(tmp_path)
+    cluster.free = {"a": ALL_USED, "b": HAS}
+    assert running(grown, "a", "a") == 4
+    # It did not start, for by now another job has b.
+    cluster.free = {"a": HAS, "b": ALL_USED}
+    assert started(grown.make_decision_for_non_running_worker_group()) == 2
+
+
+def test_shares_of_a_gpu_are_counted_whole(cluster: Cluster, tmp_path: Path) -> None:
+    """A fifth fits five times, though 1.0 // 0.2 is 4."""
+    each = {"CPU": 0.1, "GPU": 0.2}
+    scaling = ray.train.ScalingConfig(num_workers=(20, 20), use_gpu=True, resources_per_worker=each)
+    shares = LivingNodes(scaling, tmp_path, 60.0)
+    assert started(shares.make_decision_for_non_running_worker_group()) == 20
 
 
 def test_fewer_than_the_least_wait_until_the_user_stops_them(

@@ -54,3 +54,12 @@ def test_what_only_the_sum_of_the_nodes_could_hold_is_refused() -> None:
 @pytest.mark.parametrize(("share", "held"), [(0.1, 10), (0.3, 3), (1.0, 1), (2.0, 0)])
 def test_shares_of_a_gpu(share: float, held: int) -> None:
     assert places([{"CPU": 16, "GPU": 1}], {"CPU": 1, "GPU": share}) == held
+
+
+@pytest.mark.parametrize(("asked", "threads"), [((1, 2), 4), ((1, 9), 1), ((2, 2), 4), (2, 4)])
+def test_an_own_rays_cores_are_shared_by_all_that_start(
+    asked: int | tuple[int, int], threads: int
+) -> None:
+    config = ClusterConfig(workers=asked, gpus_per_worker=0)
+    plan = plan_workers(config, [Resources(8, 0)], None, own=True)
+    assert plan.threads == threads

@@ -1,7 +1,9 @@
 """Adapters that come and go over one base: each one's curve is its own, whoever is beside it."""
 
+import shutil
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,10 @@ import pytest
 import torch
 
 from orchestrator.config import JobConfig
-from orchestrator.errors import TrainingError
+from orchestrator.errors import OrchestratorError, TrainingError
 from orchestrator.jobfile import load_job
 from orchestrator.sweep.space import trial_job
+from orchestrator.training import export
 from orchestrator.training.collective import World
 from orchestrator.training.engine import Engine
 from orchestrator.training.host import Host, Pace
@@ -182,6 +185,44 @@ def test_one_that_fails_ends_alone(job: JobConfig, club: Club, tmp_path: Path) -
     assert [e["status"] for e in club.observers["lost"].of("finish")] == ["failed"]
 
 
+def test_an_adapter_that_a_kill_prevented_is_made_by_the_next_engine(
+    job: JobConfig, club: Club, tmp_path: Path
+) -> None:
+    club.join("a", job)
+    member, folder = club.members["a"], club.folder / "a"
+    _host(job, club, tmp_path / "cache").run()
+    ids, logits = export.kept_claim(folder / "adapter")
+    # Killed after its last checkpoint.
+    shutil.rmtree(folder / "adapter")
+    export._claim_path(folder / "adapter").unlink()
+
+    again = Club(club.folder)
+    again.members["a"] = member
+    _host(job, again, tmp_path / "cache").run()
+    assert again.observers["a"].losses() == [] and (folder / "adapter").is_dir()
+    assert [e["status"] for e in again.observers["a"].of("finish")] == ["finished"]
+    made = export.kept_claim(folder / "adapter")
+    assert torch.equal(made[0], ids) and torch.allclose(made[1], logits)
+
+
+def test_who_cannot_be_let_in_on_one_worker_begins_on_none(
+    job: JobConfig, club: Club, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beginning is a collective, in which the others would wait for the one that failed."""
+    host = _host(job, club, tmp_path / "cache")
+
+    @contextmanager
+    def together(world: World) -> Iterator[None]:
+        yield
+        raise OrchestratorError("Another worker has no memory for it")
+
+    monkeypatch.setattr(World, "together", together)
+    club.join("a", job)
+    host.run()
+    assert club.failures == {"a": "Another worker has no memory for it"}
+    assert [e["event"] for e in club.observers["a"].events] == ["finish"]
+
+
 def test_whoever_comes_back_goes_on_and_a_forgetful_membership_is_told_again(
     job: JobConfig, club: Club, tmp_path: Path
 ) -> None:
@@ -259,12 +300,17 @@ def test_who_lacks_the_memory_for_a_step_ends_alone(
 
     def scarce(engine: Engine, tenants: Any, batches: Any, steps: Any) -> Any:
         if any(tenant.adapter.config.rank == 16 for tenant in tenants):
+            engine.tokens_per_pass = 16
             raise TrainingError("Out of memory")
         return step(engine, tenants, batches, steps)
 
     monkeypatch.setattr(Engine, "step", scarce)
-    _host(job, club, tmp_path / "cache").run()
+    host = _host(job, club, tmp_path / "cache")
+    tokens = host._ground.engine.tokens_per_pass
+    host.run()
     assert club.failures == {"large": "Out of memory"}
+    # What it was cut down to in vain is not what the others need.
+    assert host._ground.engine.tokens_per_pass == tokens > 16
     assert len(club.observers["small"].losses()) == 8
 
 
@@ -425,6 +471,16 @@ def test_a_layout_that_becomes_slow_is_left_for_another() -> None:
         pace.measured(2, layout, 100, 9.0 if slow else 1.0 if layout == "fused" else 2.0)
     assert chosen[10:50].count("fused") > 35
     assert chosen[100:].count("in turn") > 80
+
+
+def test_the_first_round_of_a_layout_loads_kernels_and_does_not_count() -> None:
+    pace, chosen = Pace(("fused", "in turn"), 3), []
+    for number in range(40):
+        layout = pace.choose(2, False)
+        chosen.append(layout)
+        pace.measured(2, layout, 100, 99.0 if number == 0 else 1.0 if layout == "fused" else 2.0)
+    # In turn takes twice as long, which is not tried again.
+    assert chosen.count("in turn") == 3
 
 
 def test_of_evaluations_too_the_faster_way_is_chosen() -> None:

@@ -5,7 +5,7 @@ import pytest
 from orchestrator.config import JobConfig
 from orchestrator.errors import RefusedError
 from orchestrator.jobfile import job_from_mapping
-from orchestrator.sweep.fitting import leave_out
+from orchestrator.sweep.fitting import leave_out, left_out
 
 
 def _job(**sweep: object) -> JobConfig:
@@ -30,6 +30,9 @@ def test_values_and_points_that_cannot_fit_are_left_out_and_told() -> None:
     assert sweep.search_space["lora.alpha"] == {"uniform": [1, 9]}
     assert [point["lora.rank"] for point in sweep.points] == [8]
     assert "512 left out. rank 512 takes too much" in said[0] and "sweep.points: 1" in said[1]
+    # A searcher that was begun where more fitted still proposes it.
+    assert "lora.rank=512 does not fit" in str(left_out(sweep, {"lora.rank": 512}))
+    assert left_out(sweep, {"lora.rank": 64, "lora.alpha": 2.0}) is None
 
 
 @pytest.mark.parametrize(

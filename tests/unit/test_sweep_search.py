@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.schedulers.pbt import _explore
+from ray.tune.search import BasicVariantGenerator
 
 from orchestrator.cluster.plan import Resources
 from orchestrator.cluster.session import Session
@@ -92,10 +93,36 @@ def test_a_search_goes_on_with_the_places_of_the_present_command() -> None:
     for kind in ("random", "optuna"):
         job = _job({RATE: {"loguniform": [1e-4, 1e-3]}}, searcher=kind, scheduler="none")
         assert job.sweep is not None
-        before, now = search.searcher(job.sweep, 8), search.searcher(job.sweep, 2)
+        before, now = (search.searcher(job.sweep, places, dict) for places in (8, 2))
         state = {**before.get_state(), "max_concurrent": 8} if kind == "optuna" else vars(before)
         now.set_state(state)
         assert now.max_concurrent == 2
+
+
+def test_a_search_whose_states_are_of_two_moments_has_the_trials_that_tune_has() -> None:
+    """Tune writes a searcher's state and its own one after the other."""
+    known = {"running": False, "ended": True}
+    for kind, live in (("random", "_live_trials"), ("optuna", "live_trials")):
+        job = _job({RATE: {"loguniform": [1e-4, 1e-3]}}, searcher=kind, scheduler="none")
+        assert job.sweep is not None
+        found = search.searcher(job.sweep, 8, lambda: known)
+        before = found.get_state()
+        found.set_state({**before, live: {"running", "ended", "never noted"}})
+        assert getattr(found, live) == {"running"}
+        assert known not in before.values()
+        if kind == "optuna":
+            # Optuna knows none of them, and would fail.
+            found.on_trial_result("ended", {"eval_loss": 1.0})
+
+
+def test_a_trial_that_tune_has_is_not_proposed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = _job({RATE: {"loguniform": [1e-4, 1e-3]}}, searcher="random", scheduler="none")
+    assert job.sweep is not None
+    proposed = iter([SimpleNamespace(trial_id=name) for name in ("a", "b", "c")])
+    monkeypatch.setattr(BasicVariantGenerator, "next_trial", lambda _: next(proposed))
+    found = search.searcher(job.sweep, 8, lambda: {"a": False, "b": True})
+    found.set_state(found.get_state())
+    assert found.next_trial().trial_id == "c"
 
 
 def test_isolated_trials_wait_for_what_an_autoscaler_adds() -> None:

@@ -65,7 +65,12 @@ def test_trials_that_could_not_say_it_themselves_have_a_last_word(tmp_path: Path
     trials = write_trials(sweep_job(tmp_path), [Trained(params, [4] * 6), stopped, unknown])
     gone = RuntimeError("ray::Trial.train()\n  a traceback\nActorDiedError: killed three times")
     errors = {"abc_00000": None, "abc_00001": gone}
-    _speak_for(trials, [SimpleNamespace(path=trials / n, error=e) for n, e in errors.items()])
+    said: list[str] = []
+    results = [SimpleNamespace(path=trials / n, error=e, metrics={}) for n, e in errors.items()]
+    impossible = {"path": trials / "abc_9", "error": None, "config": {"lora.rank": -1}}
+    results.append(SimpleNamespace(**impossible, metrics={"error": "lora.rank is negative"}))
+    _speak_for(trials, results, said.append)
+    assert said == ["Trial abc_9 of {'lora.rank': -1} failed: lora.rank is negative"]
     found = [(o.status, o.error) for o in outcomes(trials)]
     assert found == [
         ("finished", None),
@@ -77,7 +82,7 @@ def test_trials_that_could_not_say_it_themselves_have_a_last_word(tmp_path: Path
 def test_the_time_of_a_sweep_leaves_out_the_pauses_between_its_commands(tmp_path: Path) -> None:
     assert spent_seconds(tmp_path) == 0
     with Journal(journal_path(tmp_path)) as journal:
-        for moment, event in ((100, "places"), (110, "system"), (500, "places"), (507, "finish")):
+        for moment, event in ((100, "command"), (110, "system"), (500, "command"), (507, "finish")):
             journal.append(event, time=float(moment))
     with Journal(journal_path(tmp_path / "trials" / "a")) as journal:
         for moment, step in ((104, 1), (113, 2), (503, 3)):

@@ -1,5 +1,6 @@
 """A tenant's optimizer: what it keeps across a kill, and float16's loss scale."""
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -52,6 +53,23 @@ def test_an_optimizer_goes_on_where_it_was_saved(
     after.restore(tensors, before.numbers())
     _take_steps(after, 4, 6)
     assert torch.equal(after.adapter.master, whole.adapter.master)
+
+
+@pytest.mark.parametrize(("first", "then"), [("adamw", "paged_adamw"), ("paged_adamw", "adamw")])
+def test_a_run_of_auto_goes_on_on_another_kind_of_device(
+    first: str, then: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optimizers, "resolve", lambda *_: first)
+    whole, before = Tenant(_adapter(), CONFIG, 9), Tenant(_adapter(), CONFIG, 9)
+    _take_steps(whole, 1, 6)
+    _take_steps(before, 1, 3)
+    monkeypatch.setattr(optimizers, "resolve", lambda *_: then)
+    after = Tenant(_adapter(), CONFIG, 9)
+    with torch.no_grad():
+        after.adapter.master.copy_(before.adapter.master)
+    after.restore(before.optimizer_tensors(), before.numbers())
+    _take_steps(after, 4, 6)
+    torch.testing.assert_close(after.adapter.master, whole.adapter.master)
 
 
 @pytest.fixture
@@ -130,3 +148,18 @@ def test_float16_leaves_out_a_step_that_overflowed_and_lowers_its_scale() -> Non
     resumed = Tenant(_adapter(torch.float16), CONFIG, 9)
     resumed.restore({}, tenant.numbers())
     assert resumed.scaler.get_scale() == scale / 2
+
+
+def test_a_gradient_that_is_never_finite_is_found_out() -> None:
+    """In float16 it may be its scale, until there is none; else it is at once."""
+
+    def overflows(tenant: Tenant) -> bool:
+        tenant.adapter.gradient.fill_(torch.nan)
+        return tenant.diverged(tenant.update(1))
+
+    assert overflows(Tenant(_adapter(), CONFIG, 9))
+    tenant = Tenant(_adapter(torch.float16), CONFIG, 9)
+    halvings = int(math.log2(tenant.scaler.get_scale()))
+    assert [overflows(tenant) for _ in range(halvings + 1)] == [False] * halvings + [True]
+    tenant.adapter.gradient.fill_(1.0)
+    assert not tenant.diverged(tenant.update(2))
