@@ -20,7 +20,7 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 
 from orchestrator import allocator
 from orchestrator.cluster.elastic import STOPPED, LivingNodes
-from orchestrator.cluster.forming import Forming
+from orchestrator.cluster.forming import Forming, StartsAgain
 from orchestrator.cluster.plan import WorkerPlan, plan_workers
 from orchestrator.cluster.session import Session, check_kept, session
 from orchestrator.cluster.worker import train
@@ -266,6 +266,7 @@ class _Trainer(TorchTrainer):  # type: ignore[misc]
         return [Forming(), *(c for c in default if not isinstance(c, unneeded))]
 
     def _initialize_and_run_controller(self, **given: Any) -> Any:
+        given["failure_policy"] = StartsAgain(self.run_config.failure_config)
         if self.scaling_config.elasticity_enabled:
             retries = self.run_config.failure_config.controller_failure_limit
             given["scaling_policy"] = LivingNodes(

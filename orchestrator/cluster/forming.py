@@ -6,15 +6,18 @@ from contextlib import contextmanager
 from typing import Any
 
 import psutil
+from ray.exceptions import RayActorError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
-from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy
+from ray.train.v2.api.exceptions import ControllerError
 from ray.util import get_node_ip_address
 
 _INTERFACE = "GLOO_SOCKET_IFNAME"
 
 
-class Forming(WorkerGroupCallback):  # type: ignore[misc]
-    """Counts what ends a group that has not met yet as a failed start, which Ray Train repeats.
+class Forming(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
+    """Counts what ends a group that does not work yet as a failed start, which Ray Train repeats.
 
     Without it such a group keeps its place, for Ray Train takes it for one that has started, and
     where another worker tells of the death first, with an error of torch's, the run ends.
@@ -35,12 +38,35 @@ class Forming(WorkerGroupCallback):  # type: ignore[misc]
         except (WorkerGroupStartupFailedError, RuntimeError) as error:
             if self._group is not None:
                 self._group.abort()
+                self._group = None
             raise WorkerGroupStartupFailedError(str(error)) from error
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         """The workers are there, and are about to meet."""
         self._group = worker_group
         worker_group.execute(name_interface)
+
+    def after_worker_group_training_start(self, worker_group: Any) -> None:
+        """All have their function."""
+        self._group = None
+
+    def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
+        """One died while it was handed the function: Ray Train forgets the others."""
+        if self._group is not None:
+            self._group.abort()
+            self._group = None
+
+
+class StartsAgain(DefaultFailurePolicy):  # type: ignore[misc]
+    """Counts the death of a worker that is handed its function as a failed start too."""
+
+    def make_decision(self, training_failed_error: Any) -> Any:
+        """Whether to try again."""
+        cause = getattr(training_failed_error, "controller_failure", None)
+        if isinstance(cause, RayActorError):
+            failed_start = WorkerGroupStartupFailedError(str(cause))
+            training_failed_error = ControllerError(failed_start)
+        return super().make_decision(training_failed_error)
 
 
 def name_interface() -> None:

@@ -32,6 +32,7 @@ class Case:
     tenants: int = 1
     dtype: str = "bfloat16"
     targets: tuple[str, ...] | None = None
+    quantization: str = "nf4"
 
 
 _QWEN = {"model_type": "qwen2", "num_key_value_heads": 2, "vocab_size": 151936}
@@ -71,6 +72,17 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4,
         "vocab_size": 8192,
     },
+    # Llama-3.2-3B and Llama-3.1-8B.
+    "llama-3b": {
+        "model_type": "llama", "hidden_size": 3072, "intermediate_size": 8192,
+        "num_hidden_layers": 28, "num_attention_heads": 24, "num_key_value_heads": 8,
+        "vocab_size": 128256, "tie_word_embeddings": True,
+    },
+    "llama-8b": {
+        "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },
 }  # fmt: skip
 
 CASES: dict[str, Case] = {
@@ -90,7 +102,14 @@ CASES: dict[str, Case] = {
     "gpt2": Case("gpt2-small", rank=32, tokens=2048),
     "tiny": Case("llama-tiny", rank=8),
     "tiny-2-tenants": Case("llama-tiny", rank=8, tenants=2, tokens=512, length=64),
+    "3b": Case("llama-3b", tokens=512),
+    "3b-16-bit": Case("llama-3b", tokens=512, checkpointing=True, quantization="none"),
+    "8b": Case("llama-8b", tokens=256),
+    "8b-4-tenants": Case("llama-8b", tokens=512, length=128, checkpointing=True, tenants=4),
+    "8b-16-bit": Case("llama-8b", rank=8, tokens=256, checkpointing=True, quantization="none"),
 }
+# Bases of gigabytes: minutes each, and as much of the disk.
+LARGE = tuple(name for name in CASES if name.startswith(("3b", "8b")))
 
 
 def main() -> None:
@@ -113,7 +132,7 @@ def main() -> None:
 
 def compare(case: Case, folder: Path) -> tuple[int, int]:
     """Predicted and measured peak bytes of a case, each from a process of its own."""
-    entry = folder / f"{case.model}-{case.dtype}"
+    entry = folder / f"{case.model}-{case.quantization}-{case.dtype}"
     if not entry.exists():
         _in_process("build", case, entry)
     predicted = _in_process("predict", case, entry)
@@ -141,7 +160,7 @@ def _job(case: Case, entry: Path) -> Any:
         {
             "name": "memory",
             "model": {"base": str(entry)},
-            "quantization": {"compute_dtype": case.dtype},
+            "quantization": {"type": case.quantization, "compute_dtype": case.dtype},
             "lora": {"rank": case.rank, "target_modules": list(case.targets or ()) or "all-linear"},
             "data": {"train": "none.jsonl", "max_length": case.length},
             "training": {
@@ -164,27 +183,46 @@ def _predict(case: Case, entry: Path) -> int:
 
 
 def _build(case: Case, entry: Path) -> int:
-    """A random base in 4 bit, in the layout of the base store."""
+    """A random base, in the layout of the base store."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
     from orchestrator.config import QuantizationConfig
-    from orchestrator.model.base import from_pretrained
+    from orchestrator.model.dense import load_dense
+    from orchestrator.model.source import ModelSource
     from orchestrator.model.store import bnb_config
 
-    torch.set_default_dtype(torch.bfloat16)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**MODELS[case.model]))
-    torch.set_default_dtype(torch.float32)
-    with tempfile.TemporaryDirectory() as dense:
-        model.save_pretrained(dense)
-        del model
-        dtype = getattr(torch, case.dtype)
-        settings = bnb_config(QuantizationConfig(), dtype)
-        model = from_pretrained(Path(dense), torch.device("cpu"), dtype, settings)
-        model.save_pretrained(entry)
+    dtype = getattr(torch, case.dtype)
+    dense = case.quantization == "none"
+    settings = None if dense else bnb_config(QuantizationConfig(type=case.quantization), dtype)
+    # Beside the entry: the folder of temporary files may lie in memory.
+    with tempfile.TemporaryDirectory(dir=entry.parent) as name:
+        _write_dense(MODELS[case.model], Path(name))
+        source = ModelSource(case.model, Path(name), None, case.model, False)
+        load_dense(source, torch.device("cpu"), dtype, settings).save_pretrained(entry)
     record = {"files": {}, "dtype": case.dtype, "name": case.model}
     (entry / "entry.json").write_text(json.dumps(record))
     return 0
+
+
+def _write_dense(shape: dict[str, Any], folder: Path) -> None:
+    """Random weights in bfloat16, a file per tensor: no more than one of them is held."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+
+    config = AutoConfig.for_model(**shape)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    config.save_pretrained(folder)
+    files = {}
+    for name, weight in dict(model.named_parameters()).items():
+        value = torch.empty(weight.shape, dtype=torch.bfloat16)
+        # A norm of small numbers would leave nothing of the activations.
+        value = value.normal_(std=0.02) if weight.dim() > 1 else value.fill_(1)
+        files[name] = f"{name}.safetensors"
+        save_file({name: value}, folder / files[name])
+    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps({"weight_map": files}))
 
 
 def _measure(case: Case, entry: Path) -> int:

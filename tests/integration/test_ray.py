@@ -1,6 +1,8 @@
 """The same job through Ray Train on local Ray: same curve, and a worker that dies."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +15,39 @@ from tests.integration.conftest import Commands, curve, journal, reached, wait_f
 JobFile = Callable[..., Path]
 # A cluster of its own, whatever else runs on this machine.
 OWN = {"address": "local"}
+# Two workers, of which one dies as it unpacks what it is to do.
+HANDED = """
+import os, signal, sys
+from pathlib import Path
+from orchestrator.cluster.driver import run_workers
+from orchestrator.cluster.plan import plan_workers
+from orchestrator.cluster.session import session
+from orchestrator.jobfile import load_job
+
+class Deadly:
+    def __init__(self, marker):
+        self.marker = marker
+    def __reduce__(self):
+        return unpack, (self.marker,)
+
+def unpack(marker):
+    if b"run_train_fn" in Path("/proc/self/cmdline").read_bytes():
+        try:
+            Path(marker).touch(exist_ok=False)
+        except FileExistsError:
+            return marker
+        os.kill(os.getpid(), signal.SIGKILL)
+    return marker
+
+def work(config):
+    return {"worked": True}
+
+job = load_job(sys.argv[1])
+job.run_dir.mkdir(parents=True)
+with session("local", print) as here:
+    plan = plan_workers(job.cluster, here.nodes, here.most, here.own)
+    print(run_workers(job, job.run_dir, plan, here, print, work, {"deadly": Deadly(sys.argv[2])}))
+"""
 
 
 @pytest.fixture
@@ -42,6 +77,22 @@ def test_a_killed_worker_comes_back_and_the_curve_is_the_same(
     assert ended.result["restarts"] == 1 and ended.result["workers"] == 1
     assert curve(run_dir) == whole
     assert len([e for e in journal(run_dir) if e["event"] == "start"]) == 2
+
+
+@pytest.mark.fault
+def test_a_worker_that_dies_as_it_is_handed_its_work_is_no_failure(
+    job_file: JobFile, tmp_path: Path
+) -> None:
+    job = job_file("handed", cluster={"workers": 2, "cpus_per_worker": 0.5, "max_failures": 0})
+    marker = tmp_path / "died"
+    done = subprocess.run(
+        [sys.executable, "-c", HANDED, str(job), str(marker)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    assert marker.exists() and "{'worked': True}" in done.stdout
 
 
 def test_an_error_the_user_can_mend_is_not_tried_again(

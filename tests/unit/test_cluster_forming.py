@@ -5,13 +5,16 @@ from collections.abc import Callable
 
 import psutil
 import pytest
+from ray.exceptions import RayActorError
 from ray.train.v2._internal.exceptions import (
     WorkerGroupStartupFailedError,
     WorkerGroupStartupTimeoutError,
 )
+from ray.train.v2._internal.execution.failure_handling import FailureDecision
+from ray.train.v2.api.exceptions import ControllerError
 
 from orchestrator.cluster import forming
-from orchestrator.cluster.forming import Forming
+from orchestrator.cluster.forming import Forming, StartsAgain
 
 
 class Group:
@@ -25,6 +28,12 @@ class Group:
 
     def abort(self) -> None:
         self.did.append("abort")
+
+
+class Room:
+    """The failed starts that Ray Train repeats."""
+
+    max_failures, max_preemption_failures, controller_failure_limit = 0, -1, 1
 
 
 def _start(group: Group, error: Exception | None = None) -> None:
@@ -56,6 +65,27 @@ def test_a_group_that_meets_is_left_alone() -> None:
     group = Group()
     _start(group)
     assert group.did == ["name_interface"]
+
+
+def test_a_worker_that_dies_while_it_is_handed_its_function_is_a_failed_start() -> None:
+    group, callback, policy = Group(), Forming(), StartsAgain(Room())
+    died = ControllerError(RayActorError(error_msg="killed"))
+    with callback.on_worker_group_start():
+        callback.after_worker_group_start(group)
+    # Here Ray hands it out, and raises.
+    decided = policy.make_decision(died)
+    callback.before_controller_execute_failure_decision(decided)
+    assert decided == FailureDecision.RETRY and group.did == ["name_interface", "abort"]
+    assert policy.make_decision(died) == FailureDecision.RAISE
+    assert policy.make_decision(ControllerError(ImportError("no torch"))) == FailureDecision.RAISE
+
+    # Who works is ended by Ray Train itself.
+    works = Group()
+    with callback.on_worker_group_start():
+        callback.after_worker_group_start(works)
+    callback.after_worker_group_training_start(works)
+    callback.before_controller_execute_failure_decision(decided)
+    assert works.did == ["name_interface"]
 
 
 def test_what_another_try_would_not_mend_is_not_tried_again() -> None:
