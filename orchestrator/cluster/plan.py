@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from orchestrator.config import ClusterConfig
 from orchestrator.errors import RefusedError
 
-# On the head of a cluster with an autoscaler: what it may bring the workers to in all.
+# On the head of a cluster with an autoscaler: the nodes for workers that there may be at most.
 MOST_VARIABLE = "ORCHESTRATOR_MAX_RESOURCES"
 # Ray counts in ten-thousandths: a tenth of a GPU fits on it ten times.
 _ROUNDING = 1e-4
@@ -64,48 +64,51 @@ class WorkerPlan:
         return Resources(self.cpus, self.gpus).named
 
 
-def told_resources(text: str) -> Resources:
-    """What a text such as `CPU=64,GPU=8` says.
+def told_nodes(text: str) -> tuple[Resources, ...]:
+    """The nodes that a text such as `8xCPU=16,GPU=1` says: eight of 16 CPUs and a GPU each.
 
     Raises:
         RefusedError: it is of another form.
     """
+    count, _, node = text.rpartition("x")
     try:
-        pairs = dict(part.split("=") for part in text.split(","))
+        pairs = dict(part.split("=") for part in node.split(","))
         named = {name.strip(): float(amount) for name, amount in pairs.items()}
-        if not named.keys() <= {"CPU", "GPU"} or min(named.values()) < 0:
+        if not named.keys() <= {"CPU", "GPU"} or min(named.values()) < 0 or int(count or 1) < 1:
             raise ValueError
     except ValueError:
-        raise RefusedError(f"{MOST_VARIABLE}: {text!r} is not of the form CPU=64,GPU=8") from None
-    return Resources(named.get("CPU", 0.0), named.get("GPU", 0.0))
+        raise RefusedError(
+            f"{MOST_VARIABLE}: {text!r} is not of the form 8xCPU=16,GPU=1, which stands for eight "
+            "nodes of 16 CPUs and a GPU each"
+        ) from None
+    return (Resources(named.get("CPU", 0.0), named.get("GPU", 0.0)),) * int(count or 1)
 
 
 def plan_workers(
-    config: ClusterConfig, nodes: Sequence[Resources], most: Resources | None, own: bool
+    config: ClusterConfig, nodes: Sequence[Resources], most: Sequence[Resources] | None, own: bool
 ) -> WorkerPlan:
     """Workers for a cluster.
 
     Args:
         config: the job's `cluster` section.
         nodes: what each node of the cluster has now.
-        most: what its autoscaler may bring it to in all; None where there is none.
+        most: the nodes to which its autoscaler may bring it; None where there is none.
         own: whether the cluster was started for this job alone; its workers then use all cores.
 
     Raises:
         RefusedError: the job asks for more than the cluster can ever have.
     """
     here = total(nodes)
-    reach = here.or_more(most)
+    reach = here.or_more(total(most or ()))
     worker = Resources(config.cpus_per_worker, _gpus_per_worker(config, reach.gpus))
-    workers = _workers(config, worker.gpus, nodes, reach)
+    workers = _workers(config, worker.gpus, nodes, most or ())
     least = workers if isinstance(workers, int) else workers[0]
-    # How large the nodes are that an autoscaler adds is not known before.
-    held = places((node.named for node in nodes), worker.named)
-    able = held if most is None else places([reach.named], worker.named)
+    held, come = (places((n.named for n in some), worker.named) for some in (nodes, most or ()))
+    able = max(held, come)
     if able < least:
         limit = f"whose nodes hold {held} of them"
         if most is not None:
-            limit = f"{reach} with all that its autoscaler may add"
+            limit = f"{reach} with all that its autoscaler may add, whose nodes hold {able} of them"
         raise RefusedError(
             f"cluster.workers: {least} workers of {worker} were asked for; the cluster has "
             f"{here}, {limit}"
@@ -136,7 +139,7 @@ def places(nodes: Iterable[Mapping[str, float]], worker: Mapping[str, float]) ->
 
 
 def _workers(
-    config: ClusterConfig, per_worker: float, nodes: Sequence[Resources], reach: Resources
+    config: ClusterConfig, per_worker: float, nodes: Sequence[Resources], most: Sequence[Resources]
 ) -> int | tuple[int, int]:
     if config.workers != "auto":
         return config.workers
@@ -147,7 +150,7 @@ def _workers(
     if there:
         return there
     # All GPUs are still to come: begin with the first, and grow.
-    return (1, max(1, places([reach.named], gpus)))
+    return (1, max(1, places((node.named for node in most), gpus)))
 
 
 def _gpus_per_worker(config: ClusterConfig, gpus: float) -> float:

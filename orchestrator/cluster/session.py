@@ -12,7 +12,7 @@ from typing import Any
 
 import ray
 
-from orchestrator.cluster.plan import MOST_VARIABLE, Resources, told_resources, total
+from orchestrator.cluster.plan import MOST_VARIABLE, Resources, told_nodes, total
 from orchestrator.errors import OrchestratorError, RefusedError, first_line
 
 _JOIN = (
@@ -37,18 +37,23 @@ _INHERITED = {
 class Session:
     """A Ray session. `own` is True where this process started Ray for itself.
 
-    nodes: what each node has. most: what the cluster's autoscaler may bring it to; None where there
-    is no autoscaler.
+    nodes: what each node has. most: the nodes to which the cluster's autoscaler may bring it; None
+    where there is no autoscaler.
     """
 
     own: bool
     nodes: tuple[Resources, ...]
-    most: Resources | None
+    most: tuple[Resources, ...] | None
 
     @property
     def here(self) -> Resources:
         """What the cluster has now."""
         return total(self.nodes)
+
+    @property
+    def reach(self) -> Resources:
+        """What it has once its autoscaler has added all it may."""
+        return self.here.or_more(total(self.most or ()))
 
     @property
     def several_nodes(self) -> bool:
@@ -179,7 +184,7 @@ def _use_token() -> bool:
     return setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
 
 
-def _most() -> Resources | None:
+def _most() -> tuple[Resources, ...] | None:
     """What the autoscaler's own configuration admits, or its head's environment says of it.
 
     Ray's own autoscaler does not tell its configuration (2.60).
@@ -188,9 +193,10 @@ def _most() -> Resources | None:
 
     most = state.get_max_resources_from_cluster_config()
     if most is not None:
-        return _resources(most)
+        # How large the nodes are it does not say.
+        return (_resources(most),)
     told = os.environ.get(MOST_VARIABLE)
-    return told_resources(told) if told else None
+    return told_nodes(told) if told else None
 
 
 def _resources(named: dict[str, Any]) -> Resources:

@@ -33,7 +33,7 @@ def isolated(job: JobConfig, here: Session) -> tuple[WorkerPlan, int]:
     plan = plan_workers(
         cluster.model_copy(update={"workers": workers}), here.nodes, here.most, here.own
     )
-    there = here.here.or_more(here.most)
+    there = here.reach
     room = max(1, _runs(plan, there))
     if sweep.concurrent == "auto":
         # More nodes may never come; where there are none yet, some must.

@@ -2,7 +2,7 @@
 
 import pytest
 
-from orchestrator.cluster.plan import Resources, places, plan_workers, told_resources
+from orchestrator.cluster.plan import Resources, places, plan_workers, told_nodes
 from orchestrator.config import ClusterConfig
 from orchestrator.errors import RefusedError
 
@@ -22,16 +22,23 @@ def test_auto_takes_one_cpu_worker_with_all_cores_where_there_is_no_gpu() -> Non
 
 
 def test_auto_begins_with_the_first_gpu_that_an_autoscaler_adds() -> None:
-    plan = plan_workers(ClusterConfig(), [HEAD], Resources(100, 16), own=False)
+    plan = plan_workers(ClusterConfig(), [HEAD], [Resources(100, 16)], own=False)
     assert plan.workers == (1, 16) and plan.elastic and plan.least == 1 and plan.waits
 
 
 def test_what_a_cluster_may_grow_to_is_told_in_a_few_words() -> None:
-    assert told_resources("CPU=64, GPU=8") == Resources(64, 8)
-    assert told_resources("GPU=8") == Resources(0, 8)
-    for wrong in ("64", "CPU=much", "TPU=4", "CPU=-1", ""):
-        with pytest.raises(RefusedError, match="CPU=64,GPU=8"):
-            told_resources(wrong)
+    assert told_nodes("2xCPU=64, GPU=8") == (Resources(64, 8), Resources(64, 8))
+    assert told_nodes("GPU=8") == (Resources(0, 8),)
+    for wrong in ("64", "CPU=much", "TPU=4", "CPU=-1", "", "0xGPU=1", "manyxGPU=1"):
+        with pytest.raises(RefusedError, match="8xCPU=16,GPU=1"):
+            told_nodes(wrong)
+
+
+def test_a_worker_larger_than_any_node_to_come_is_refused() -> None:
+    config = ClusterConfig(workers=2, cpus_per_worker=16)
+    with pytest.raises(RefusedError, match="whose nodes hold 0 of them"):
+        plan_workers(config, [HEAD], told_nodes("10xCPU=8,GPU=1"), own=False)
+    assert plan_workers(config, [HEAD], told_nodes("2xCPU=16,GPU=1"), own=False).waits
 
 
 def test_an_elastic_job_may_ask_for_more_than_there_is_but_not_as_its_least() -> None:
@@ -48,7 +55,7 @@ def test_what_only_the_sum_of_the_nodes_could_hold_is_refused() -> None:
     with pytest.raises(RefusedError, match="whose nodes hold 0 of them"):
         plan_workers(job, [small, small], None, own=False)
     # An autoscaler may add a larger one.
-    assert plan_workers(job, [small, small], Resources(64, 16), own=False).waits
+    assert plan_workers(job, [small, small], [Resources(64, 16)], own=False).waits
 
 
 @pytest.mark.parametrize(("share", "held"), [(0.1, 10), (0.3, 3), (1.0, 1), (2.0, 0)])

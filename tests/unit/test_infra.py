@@ -23,7 +23,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.runtime_env import RuntimeEnv
 from ruamel.yaml import YAML
 
-from orchestrator.cluster.plan import MOST_VARIABLE, Resources, told_resources
+from orchestrator.cluster.plan import MOST_VARIABLE, Resources, told_nodes
 
 ROOT = Path(__file__).resolve().parents[2]
 INFRA = ROOT / "infra"
@@ -117,8 +117,8 @@ def test_the_launcher_takes_cluster_yaml() -> None:
         assert node["node_config"]["ImageId"].startswith("resolve:ssm:")
     assert config["idle_timeout_minutes"] > 0
     options = " ".join(config["docker"]["run_options"])
-    most = {name: config["max_workers"] * amount for name, amount in spot["resources"].items()}
-    assert f"{MOST_VARIABLE}=CPU={most['CPU']},GPU={most['GPU']}" in options
+    each, count = spot["resources"], config["max_workers"]
+    assert f"{MOST_VARIABLE}={count}xCPU={each['CPU']},GPU={each['GPU']}" in options
     assert "RAY_AUTH_MODE=token" in options and "-v /mnt/shared:/mnt/shared" in options
     # Prometheus reads Ray's list of nodes beside the container; workers reach buckets too.
     assert "-v /tmp/ray:/tmp/ray" in options
@@ -134,8 +134,8 @@ def test_the_cluster_on_kubernetes_says_what_it_grows_to() -> None:
     (head,) = cluster["spec"]["headGroupSpec"]["template"]["spec"]["containers"]
     (told,) = [entry["value"] for entry in head["env"] if entry["name"] == MOST_VARIABLE]
     requests, count = worker["resources"]["requests"], group["maxReplicas"]
-    cpus, gpus = (count * int(requests[name]) for name in ("cpu", "nvidia.com/gpu"))
-    assert told_resources(told) == Resources(cpus, gpus)
+    cpus, gpus = (int(requests[name]) for name in ("cpu", "nvidia.com/gpu"))
+    assert told_nodes(told) == (Resources(cpus, gpus),) * count
 
 
 def test_the_launcher_refuses_a_key_it_does_not_know() -> None:

@@ -127,12 +127,12 @@ def test_a_trial_that_tune_has_is_not_proposed_again(monkeypatch: pytest.MonkeyP
 
 def test_isolated_trials_wait_for_what_an_autoscaler_adds() -> None:
     space = {"data.max_length": {"choice": [256, 512]}}
-    there = Session(False, (Resources(0, 0),), Resources(80, 10))
+    there = Session(False, (Resources(0, 0),), (Resources(80, 10),))
     plan, count = places.isolated(_job(space, concurrent=4), there)
     assert (plan.gpus, count) == (1, 4)
     plan, count = places.isolated(_job(space, trials=20), there)
     assert (plan.gpus, count) == (1, 10)
     # With some nodes there it does not count on others.
-    some = Session(False, (Resources(16, 2),), Resources(80, 10))
+    some = Session(False, (Resources(16, 2),), (Resources(80, 10),))
     assert places.isolated(_job(space, trials=20), some)[1] == 2
     assert places.isolated(_job(space, concurrent=4), some)[1] == 4
