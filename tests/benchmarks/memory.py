@@ -109,7 +109,7 @@ CASES: dict[str, Case] = {
     "8b-16-bit": Case("llama-8b", rank=8, tokens=256, checkpointing=True, quantization="none"),
 }
 # Bases of gigabytes: minutes each, and as much of the disk.
-LARGE = tuple(name for name in CASES if name.startswith(("3b", "8b")))
+LARGE = {name for name in CASES if name.startswith(("3b", "8b"))}
 
 
 def main() -> None:

@@ -2,10 +2,11 @@
 
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
-from tests.benchmarks.memory import ALLOWED, CASES, Case, compare
+from tests.benchmarks.memory import ALLOWED, CASES, LARGE, Case, compare
 from tests.conftest import write_job
 from tests.integration.conftest import Commands, journal
 
@@ -55,8 +56,18 @@ def test_a_sweep_takes_what_its_plan_says(
 
 @pytest.mark.cluster
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", sorted(CASES.keys() - {"tiny", "tiny-2-tenants"}))
+@pytest.mark.parametrize("name", sorted(CASES.keys() - {"tiny", "tiny-2-tenants"} - LARGE))
 def test_the_table_is_right_within_a_tenth(folder: Path, name: str) -> None:
-    """All jobs of `python -m tests.benchmarks.memory`; too long for `make test-memory`."""
+    """Jobs of `python -m tests.benchmarks.memory`; too long for `make test-memory`."""
     predicted, measured = compare(CASES[name], folder)
+    assert predicted == pytest.approx(measured, rel=ALLOWED)
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", sorted(LARGE))
+def test_of_models_of_billions_too(name: str) -> None:
+    # pytest would keep the folders of its last runs.
+    with TemporaryDirectory() as folder:
+        predicted, measured = compare(CASES[name], Path(folder))
     assert predicted == pytest.approx(measured, rel=ALLOWED)
