@@ -45,7 +45,8 @@ def restart_with_settings() -> None:
     """
     if _NVIDIA.exists():
         os.environ.update(gpu_settings(os.environ))
+        return
     wanted = settings(os.environ)
-    alone = platform.libc_ver()[0] == "glibc" and not _NVIDIA.exists() and sys.gettrace() is None
+    alone = platform.libc_ver()[0] == "glibc" and sys.gettrace() is None
     if wanted and alone and sys.executable:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **wanted})

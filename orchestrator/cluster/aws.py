@@ -23,13 +23,13 @@ class SpotFirst(AWSNodeProvider):  # type: ignore[misc]
         Raises:
             NodeLaunchException: EC2 refuses them on demand too, in every zone.
         """
-        made: dict[str, Any] = {}
+        if _MARKET not in node_config:
+            return dict(super().create_node(node_config, tags, count))
         try:
             made = dict(super().create_node(node_config, tags, count))
         except NodeLaunchException:
-            if _MARKET not in node_config:
-                raise
-        if len(made) >= count or _MARKET not in node_config:
+            made = {}
+        if len(made) >= count:
             return made
         on_demand = {key: value for key, value in node_config.items() if key != _MARKET}
         try:

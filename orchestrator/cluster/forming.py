@@ -36,9 +36,7 @@ class Forming(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
             yield
         # What torch raises where a peer is gone, or a port was taken meanwhile, is the latter.
         except (WorkerGroupStartupFailedError, RuntimeError) as error:
-            if self._group is not None:
-                self._group.abort()
-                self._group = None
+            self._give_back()
             raise WorkerGroupStartupFailedError(str(error)) from error
 
     def after_worker_group_start(self, worker_group: Any) -> None:
@@ -52,6 +50,10 @@ class Forming(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
 
     def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
         """One died while it was handed the function: Ray Train forgets the others."""
+        self._give_back()
+
+    def _give_back(self) -> None:
+        """End a group that does not work yet, and free its place."""
         if self._group is not None:
             self._group.abort()
             self._group = None

@@ -28,10 +28,8 @@ class Resources:
         named = {"CPU": self.cpus, "GPU": self.gpus}
         return {name: amount for name, amount in named.items() if amount}
 
-    def or_more(self, other: "Resources | None") -> "Resources":
-        """The larger amount of each, where there is another."""
-        if other is None:
-            return self
+    def or_more(self, other: "Resources") -> "Resources":
+        """The larger amount of each."""
         return Resources(max(self.cpus, other.cpus), max(self.gpus, other.gpus))
 
 
@@ -70,18 +68,19 @@ def told_nodes(text: str) -> tuple[Resources, ...]:
     Raises:
         RefusedError: it is of another form.
     """
-    count, _, node = text.rpartition("x")
+    times, _, node = text.rpartition("x")
     try:
+        count = int(times or 1)
         pairs = dict(part.split("=") for part in node.split(","))
         named = {name.strip(): float(amount) for name, amount in pairs.items()}
-        if not named.keys() <= {"CPU", "GPU"} or min(named.values()) < 0 or int(count or 1) < 1:
+        if not named.keys() <= {"CPU", "GPU"} or min(named.values()) < 0 or count < 1:
             raise ValueError
     except ValueError:
         raise RefusedError(
             f"{MOST_VARIABLE}: {text!r} is not of the form 8xCPU=16,GPU=1, which stands for eight "
             "nodes of 16 CPUs and a GPU each"
         ) from None
-    return (Resources(named.get("CPU", 0.0), named.get("GPU", 0.0)),) * int(count or 1)
+    return (Resources(named.get("CPU", 0.0), named.get("GPU", 0.0)),) * count
 
 
 def plan_workers(
@@ -98,9 +97,8 @@ def plan_workers(
     Raises:
         RefusedError: the job asks for more than the cluster can ever have.
     """
-    here = total(nodes)
-    reach = here.or_more(total(most or ()))
-    worker = Resources(config.cpus_per_worker, _gpus_per_worker(config, reach.gpus))
+    here, able_to_have = total(nodes), reach(nodes, most)
+    worker = Resources(config.cpus_per_worker, _gpus_per_worker(config, able_to_have.gpus))
     workers = _workers(config, worker.gpus, nodes, most or ())
     least = workers if isinstance(workers, int) else workers[0]
     held, come = (places((n.named for n in some), worker.named) for some in (nodes, most or ()))
@@ -108,7 +106,10 @@ def plan_workers(
     if able < least:
         limit = f"whose nodes hold {held} of them"
         if most is not None:
-            limit = f"{reach} with all that its autoscaler may add, whose nodes hold {able} of them"
+            limit = (
+                f"{able_to_have} with all that its autoscaler may add, whose nodes hold {able} of "
+                "them"
+            )
         raise RefusedError(
             f"cluster.workers: {least} workers of {worker} were asked for; the cluster has "
             f"{here}, {limit}"
@@ -123,6 +124,11 @@ def total(nodes: Iterable[Resources]) -> Resources:
     """What nodes have in all."""
     listed = list(nodes)
     return Resources(sum(node.cpus for node in listed), sum(node.gpus for node in listed))
+
+
+def reach(nodes: Iterable[Resources], most: Iterable[Resources] | None) -> Resources:
+    """What a cluster has in all once its autoscaler, if there is one, has added what it may."""
+    return total(nodes).or_more(total(most or ()))
 
 
 def places(nodes: Iterable[Mapping[str, float]], worker: Mapping[str, float]) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 import ray
 
-from orchestrator.cluster.plan import MOST_VARIABLE, Resources, told_nodes, total
+from orchestrator.cluster.plan import MOST_VARIABLE, Resources, reach, told_nodes, total
 from orchestrator.errors import OrchestratorError, RefusedError, first_line
 
 _JOIN = (
@@ -53,7 +53,7 @@ class Session:
     @property
     def reach(self) -> Resources:
         """What it has once its autoscaler has added all it may."""
-        return self.here.or_more(total(self.most or ()))
+        return reach(self.nodes, self.most)
 
     @property
     def several_nodes(self) -> bool:

@@ -10,6 +10,9 @@ from orchestrator.errors import UnplannableError, first_line
 from orchestrator.plan.heap import heap_bytes
 from orchestrator.plan.shapes import Shape, build
 
+# How layers are recomputed, planned and in training. Only the adapters' dropout draws numbers in
+# them, from generators of its own.
+CHECKPOINTING = {"use_reentrant": False, "preserve_rng_state": False}
 # Layers by which two runs differ, on CUDA or not. A CPU's heap takes some layers to settle; from
 # there on its holes grow evenly.
 _LAYERS_APART = {True: 1, False: 8}
@@ -215,5 +218,5 @@ def _prepared(shape: Shape, planned: Pass, depth: int) -> Any:
     if not planned.cuda:
         fuse(model)
     if planned.checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        model.activation_checkpointing_enable(CHECKPOINTING)
     return model

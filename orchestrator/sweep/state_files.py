@@ -54,9 +54,14 @@ def has_state(folder: Path) -> bool:
     return any(folder.glob(_STATES))
 
 
+def _newest(folder: Path) -> Path | None:
+    """The state that Tune takes: each is named by the time of the command that wrote it."""
+    return max(folder.glob(_STATES), default=None)
+
+
 def known_trials(folder: Path) -> dict[str, bool]:
     """Each trial in the state that a killed sweep would go on from, and whether it has ended."""
-    newest = max(folder.glob(_STATES), default=None)
+    newest = _newest(folder)
     kept = [] if newest is None else json.loads(newest.read_text())["trial_data"]
     trials = [json.loads(trial) for trial, _ in kept]
     return {trial["trial_id"]: trial["status"] == "TERMINATED" for trial in trials}
@@ -68,8 +73,7 @@ def check_readable(folder: Path) -> None:
     Raises:
         OrchestratorError: a disk has lost some of it.
     """
-    # Named by the time of the command that wrote it; Tune takes the newest.
-    newest = max(folder.glob(_STATES), default=None)
+    newest = _newest(folder)
     if newest is None:
         return
     try:

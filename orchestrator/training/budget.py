@@ -13,6 +13,7 @@ from orchestrator.errors import RefusedError, UnplannableError
 from orchestrator.plan.examples import Examples
 from orchestrator.plan.fit import STEP, Need, largest_batch, sharing
 from orchestrator.plan.machine import machine
+from orchestrator.plan.passes import CHECKPOINTING
 from orchestrator.plan.planner import Plan, make_plan
 from orchestrator.plan.shapes import read_shape
 from orchestrator.plan.show import refusal
@@ -99,9 +100,7 @@ def apply(budget: Budget, model: Any) -> None:
     """Switch gradient checkpointing on or off; transformers wants training mode for it."""
     model.train()
     if budget.checkpointing:
-        # Only the adapters' dropout draws, from generators of its own.
-        options = {"use_reentrant": False, "preserve_rng_state": False}
-        model.activation_checkpointing_enable(options)
+        model.activation_checkpointing_enable(CHECKPOINTING)
     else:
         model.activation_checkpointing_disable()
 
