@@ -25,7 +25,7 @@ def serve(config: dict[str, Any]) -> Any:
 
 def _serve(config: dict[str, Any], device: Any, world: Any, observer: Any) -> dict[str, Any]:
     from orchestrator.places import cache_dir
-    from orchestrator.training import export, memory
+    from orchestrator.training import memory, proof
     from orchestrator.training.host import Host
     from orchestrator.training.run import open_ground
 
@@ -44,9 +44,13 @@ def _serve(config: dict[str, Any], device: Any, world: Any, observer: Any) -> di
     # On a GPU that holds one base, the trained one must go before a fresh one is loaded.
     del ground
     adapter, trust = best / "adapter", config["job"].model.trust_remote_code
-    ids, logits = export.kept_claim(adapter)
-    proof = export.prove_adapter(adapter, entry, device, dtype, ids, logits, trust)
-    return {**results, "proof": proof}
+    claim = proof.Claim.load(adapter)
+
+    def say(message: str) -> None:
+        observer.emit("warning", message=message)
+
+    proven = proof.prove_adapter(adapter, entry, device, dtype, claim, say, trust)
+    return {**results, "proof": proven}
 
 
 def _check_ground(identity: dict[str, str], run_dir: Path, leads: bool) -> None:

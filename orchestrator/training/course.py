@@ -12,13 +12,14 @@ from orchestrator.config import JobConfig
 from orchestrator.data import EncodedDataset, PreparedData
 from orchestrator.data.batches import step_indices, total_steps
 from orchestrator.errors import CheckpointError, RefusedError, TrainingError
-from orchestrator.training import checkpoint, evaluation, export, memory
+from orchestrator.training import checkpoint, evaluation, export, memory, proof
 from orchestrator.training.checkpoint import Checkpoint
 from orchestrator.training.collective import World
 from orchestrator.training.engine import Engine, StepResult
 from orchestrator.training.events import Observer
 from orchestrator.training.patience import patiently
 from orchestrator.training.progress import Progress, perplexity
+from orchestrator.training.proof import Claim
 from orchestrator.training.rows import Segment
 from orchestrator.training.tenant import Tenant
 
@@ -323,6 +324,13 @@ def save_adapter(course: Course) -> Path:
     path = adapter_path(course)
     patiently(lambda: export.save_adapter(adapter, base, course.job.model.base, path), course.say)
     return path
+
+
+def claim(course: Course) -> Claim:
+    """What its trained model says, of which the saved adapter is the proof."""
+    engine, data = course.ground.engine, course.ground.data
+    example = shortest_example(data.validation or data.train)
+    return proof.claim(engine.base, engine.adapters, course.tenant.adapter, example)
 
 
 def results(course: Course) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from orchestrator.errors import (
     TrainingError,
     WorkerLostError,
 )
-from orchestrator.training import course, evaluation, export
+from orchestrator.training import course, evaluation, proof
 from orchestrator.training.course import Course, Ground
 from orchestrator.training.engine import Engine, StepResult
 from orchestrator.training.events import Observer
@@ -150,7 +150,7 @@ class Host:
             course.evaluate(state, self._base_loss)
             self._base_loss = state.progress.eval_loss
         adapter = course.adapter_path(state)
-        if state.done and self._world.leads and not export.has_claim(adapter):
+        if state.done and self._world.leads and not proof.has_claim(adapter):
             # Killed between its last checkpoint and its adapter.
             self._save_adapter(state)
 
@@ -282,12 +282,7 @@ class Host:
 
     def _save_adapter(self, state: Course) -> None:
         path = course.save_adapter(state)
-        ground = self._ground
-        example = course.shortest_example(ground.data.validation or ground.data.train)
-        ids, logits = export.proof_logits(
-            ground.engine.base, ground.engine.adapters, state.tenant.adapter, example
-        )
-        export.keep_claim(path, ids, logits)
+        course.claim(state).save(path)
         step, loss = state.progress.step, state.progress.eval_loss
         state.observer.emit("adapter", step=step, path=str(path), eval_loss=loss)
 

@@ -2,7 +2,6 @@
 
 import platform
 import time
-from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -17,25 +16,13 @@ from orchestrator.model import base as bases
 from orchestrator.model import device as devices
 from orchestrator.model import source, store
 from orchestrator.model.adapters import AdapterSet
-from orchestrator.training import budget, course, export, memory, optimizers
+from orchestrator.training import budget, course, memory, optimizers, proof
 from orchestrator.training.collective import World
 from orchestrator.training.course import Course, Ground
 from orchestrator.training.engine import Engine
 from orchestrator.training.events import Observer
 
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
-
-
-@dataclass(frozen=True)
-class _Claim:
-    """What the trained model says to one example, and where its adapter lies."""
-
-    adapter: Path
-    entry: Path
-    dtype: torch.dtype
-    ids: torch.Tensor
-    logits: torch.Tensor
-    trust_remote_code: bool
 
 
 def run(
@@ -86,24 +73,25 @@ def run(
     results, step = course.results(state), state.progress.step
     if not world.leads:
         return results
-    claim = _claim(state)
+    adapter, claim = course.save_adapter(state), course.claim(state)
+    entry, dtype = ground.entry, ground.engine.base.dtype
     # On a GPU that holds one base, the trained one must go before a fresh one is loaded.
     del state, ground
-    proof = export.prove_adapter(
-        claim.adapter,
-        claim.entry,
+    proven = proof.prove_adapter(
+        adapter,
+        entry,
         device,
-        claim.dtype,
-        claim.ids,
-        claim.logits,
-        claim.trust_remote_code,
+        dtype,
+        claim,
+        lambda message: observer.emit("warning", message=message),
+        job.model.trust_remote_code,
     )
     observer.emit(
         "adapter",
         step=step,
         path=results["adapter"],
         eval_loss=results["eval_loss"],
-        proof=proof,
+        proof=proven,
     )
     return results
 
@@ -241,16 +229,6 @@ def _step(state: Course) -> None:
     (result,) = state.ground.engine.step([state.tenant], [batch], [state.progress.step + 1])
     seconds = time.perf_counter() - began
     course.take_step(state, result, seconds, state.ground.world.waited - waited)
-
-
-def _claim(state: Course) -> _Claim:
-    """Save the adapter, and keep what the trained model says so that it can be proved."""
-    ground, path = state.ground, course.save_adapter(state)
-    base, data = ground.engine.base, ground.data
-    example = course.shortest_example(data.validation or data.train)
-    ids, logits = export.proof_logits(base, ground.engine.adapters, state.tenant.adapter, example)
-    trust = state.job.model.trust_remote_code
-    return _Claim(path, ground.entry, base.dtype, ids, logits, trust)
 
 
 def _check_lengths(data: PreparedData, base: bases.Base) -> None:

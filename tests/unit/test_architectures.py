@@ -17,7 +17,7 @@ from orchestrator.model.base import from_pretrained
 from orchestrator.model.packed import hidden_states
 from orchestrator.model.support import check_architecture
 from orchestrator.plan.shapes import measure
-from orchestrator.training.export import prove_adapter, save_adapter
+from orchestrator.training.export import save_adapter
 from tests import tiny
 
 SMALL = {"head_dim": 16}
@@ -142,29 +142,6 @@ def test_all_linear_means_the_same_as_in_peft(tmp_path: Path) -> None:
         if "lora_A" in name
     }
     assert set(own) == theirs
-
-
-def test_an_empty_or_wrong_adapter_fails_its_proof(tmp_path: Path) -> None:
-    from orchestrator.errors import ProofError
-
-    folder = tiny.save_model(tmp_path / "model")
-    base = tiny.load_base(folder, quantization="none")
-    adapters = AdapterSet(base.model)
-    adapter = adapters.add(LoraConfig(rank=4), 0)
-    ids = torch.arange(3, 30)
-    check = (tmp_path / "adapter", folder, torch.device("cpu"), torch.float32, ids)
-    save_adapter(adapter, base, "tiny", tmp_path / "adapter")
-    with pytest.raises(ProofError, match="empty"):
-        prove_adapter(*check, torch.zeros(27, 128))
-    with torch.no_grad():
-        adapter.master.add_(0.05)
-    save_adapter(adapter, base, "tiny", tmp_path / "adapter")
-    with adapters.active([(adapter, 0, -1)]), base.unpacked(), torch.no_grad():
-        adapter.publish()
-        logits = base.model(input_ids=ids[None], use_cache=False).logits[0]
-    assert prove_adapter(*check, logits)["relative_error"] < 1e-4
-    with pytest.raises(ProofError, match="does not reproduce"):
-        prove_adapter(*check, logits + torch.randn_like(logits))
 
 
 def test_dropout_that_a_module_draws_by_itself_is_off(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from orchestrator.config import JobConfig
 from orchestrator.errors import OrchestratorError, TrainingError
 from orchestrator.jobfile import load_job
 from orchestrator.sweep.space import trial_job
-from orchestrator.training import export
+from orchestrator.training import proof
 from orchestrator.training.collective import World
 from orchestrator.training.engine import Engine
 from orchestrator.training.host import Host, Pace
@@ -191,18 +191,18 @@ def test_an_adapter_that_a_kill_prevented_is_made_by_the_next_engine(
     club.join("a", job)
     member, folder = club.members["a"], club.folder / "a"
     _host(job, club, tmp_path / "cache").run()
-    ids, logits = export.kept_claim(folder / "adapter")
+    claimed = proof.Claim.load(folder / "adapter")
     # Killed after its last checkpoint.
     shutil.rmtree(folder / "adapter")
-    export._claim_path(folder / "adapter").unlink()
+    proof._path(folder / "adapter").unlink()
 
     again = Club(club.folder)
     again.members["a"] = member
     _host(job, again, tmp_path / "cache").run()
     assert again.observers["a"].losses() == [] and (folder / "adapter").is_dir()
     assert [e["status"] for e in again.observers["a"].of("finish")] == ["finished"]
-    made = export.kept_claim(folder / "adapter")
-    assert torch.equal(made[0], ids) and torch.allclose(made[1], logits)
+    made = proof.Claim.load(folder / "adapter")
+    assert torch.equal(made.ids, claimed.ids) and torch.allclose(made.logits, claimed.logits)
 
 
 def test_who_cannot_be_let_in_on_one_worker_begins_on_none(

@@ -1,0 +1,203 @@
+"""The proof that a saved adapter is what was trained: PEFT loads it and gives the same answers.
+
+Two answers are compared. The products of each adapted layer may differ by rounding only. So may
+the logits, but a learning rate that is nearly too high leaves a model that magnifies rounding
+from layer to layer: where all products agree, logits that do not are told, not refused.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from orchestrator.data import Example
+from orchestrator.errors import ProofError
+from orchestrator.model.adapters import Adapter, AdapterSet
+from orchestrator.model.base import Base, from_pretrained
+from orchestrator.training import memory
+from orchestrator.training.export import PREFIX, WEIGHTS
+
+_LOGIT_TOKENS = 256
+_PRODUCT_TOKENS = 4
+# Root mean square of the difference over that of the values: rounding in each dtype, with room.
+_LOGITS_ALLOWED = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+_PRODUCTS_ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+# Rounding that an unstable model magnifies; logits without anything in common differ by 1.4.
+_MAGNIFIED_ALLOWED = 0.7
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What the trained model says, on the CPU.
+
+    Attributes:
+        ids: int64 (tokens,), the start of one example.
+        logits: float32 (tokens, vocabulary), its logits.
+        products: float32 (4, outputs) of each adapted layer, of inputs drawn by its name.
+    """
+
+    ids: Tensor
+    logits: Tensor
+    products: dict[str, Tensor]
+
+    def save(self, folder: Path) -> None:
+        """Keep it beside the adapter in `folder`, for a proof in another process."""
+        tensors = {f"products.{name}": product for name, product in self.products.items()}
+        save_file({"ids": self.ids, "logits": self.logits, **tensors}, _path(folder))
+
+    @staticmethod
+    def load(folder: Path) -> "Claim":
+        """What `save` kept."""
+        kept = load_file(_path(folder))
+        ids, logits = kept.pop("ids"), kept.pop("logits")
+        products = {name.removeprefix("products."): tensor for name, tensor in kept.items()}
+        return Claim(ids, logits, products)
+
+
+def has_claim(folder: Path) -> bool:
+    """Whether an adapter was saved and its claim kept."""
+    return _path(folder).exists()
+
+
+def _path(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}-claim.safetensors")
+
+
+@torch.no_grad()
+def claim(base: Base, adapters: AdapterSet, adapter: Adapter, example: Example) -> Claim:
+    """Ask the trained model."""
+    ids = torch.from_numpy(example.ids[:_LOGIT_TOKENS].astype("int64"))
+    with adapters.active([(adapter, 0, -1)]), base.unpacked():
+        logits = _logits(base.model, ids, base.device)
+        products = {
+            name: _product(name, base.model.get_submodule(name), base.dtype, base.device)
+            for name in adapter.layer_names
+        }
+    return Claim(ids, logits, products)
+
+
+@torch.no_grad()
+def prove_adapter(
+    folder: Path,
+    entry: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    claimed: Claim,
+    say: Callable[[str], None],
+    trust_remote_code: bool = False,
+) -> dict[str, float]:
+    """Reload the saved adapter through PEFT over a fresh base and compare its answers.
+
+    The trained base must be dropped before: a GPU may hold one only.
+
+    Args:
+        folder: the adapter.
+        entry: the base in its store.
+        device: where to load it.
+        dtype: in which it computes.
+        claimed: what the trained model said.
+        say: hears a warning where the model magnifies rounding.
+        trust_remote_code: whether the base may bring code of its own.
+
+    Returns:
+        The relative error of the logits, the largest one of a layer's product, and the share of
+        tokens for which both rank the same token first.
+
+    Raises:
+        ProofError: the weights are all zero or not finite, or an answer differs beyond rounding.
+    """
+    from bitsandbytes.nn import Linear4bit
+    from peft import PeftModel
+
+    _check_weights(folder)
+    # Quantized weights and their modules know each other, so they go with a collection only.
+    memory.release_cached(device)
+    model = from_pretrained(entry, device, dtype, trust_remote_code=trust_remote_code)
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+    model = PeftModel.from_pretrained(model, folder).eval()
+    product_error = _check_products(folder, model, claimed.products, dtype, device)
+    logits = _logits(model, claimed.ids, device)
+    error = _relative_error(logits, claimed.logits)
+    if not error <= _LOGITS_ALLOWED[dtype]:
+        unstable = (
+            f"The adapter in {folder}, loaded again, gives logits that differ by {error:.2g} of "
+            f"their size from the trained model's, though each layer agrees to {product_error:.1g}"
+            ". The model magnifies rounding so: choose a lower training.learning_rate"
+        )
+        if not error <= _MAGNIFIED_ALLOWED:
+            raise ProofError(unstable)
+        say(unstable)
+    agreement = (logits.argmax(-1) == claimed.logits.argmax(-1)).float().mean().item()
+    return {
+        "relative_error": error,
+        "largest_product_error": product_error,
+        "same_first_token": agreement,
+    }
+
+
+def _check_weights(folder: Path) -> None:
+    weights = load_file(folder / WEIGHTS)
+    changed = [t for name, t in weights.items() if "lora_B" in name]
+    if not all(torch.isfinite(t).all() for t in weights.values()):
+        raise ProofError(f"The adapter in {folder} holds weights that are not finite")
+    if not any(t.any() for t in changed):
+        raise ProofError(
+            f"The adapter in {folder} is empty: every lora_B is zero, nothing was learned"
+        )
+
+
+def _check_products(
+    folder: Path,
+    model: nn.Module,
+    claimed: dict[str, Tensor],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> float:
+    """The largest relative error of a layer's product."""
+    from peft.tuners.lora import LoraLayer
+
+    layers = {
+        name.removeprefix(PREFIX): module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+    if layers.keys() != claimed.keys():
+        differ = ", ".join(sorted(layers.keys() ^ claimed.keys())[:5])
+        raise ProofError(
+            f"The adapter in {folder} changes other layers than were trained: {differ}"
+        )
+    largest = 0.0
+    for name, layer in layers.items():
+        error = _relative_error(_product(name, layer, dtype, device), claimed[name])
+        if not error <= _PRODUCTS_ALLOWED[dtype]:
+            raise ProofError(
+                f"The adapter in {folder} does not reproduce the trained model: the products of "
+                f"{name} differ by {error:.3g} of their size (allowed {_PRODUCTS_ALLOWED[dtype]}). "
+                "The last checkpoint holds the weights; run the same command again, and report "
+                "this if it stays"
+            )
+        largest = max(largest, error)
+    return largest
+
+
+def _logits(model: nn.Module, ids: Tensor, device: torch.device) -> Tensor:
+    return model(input_ids=ids[None].to(device), use_cache=False).logits[0].float().cpu()
+
+
+def _product(name: str, layer: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A layer's output for inputs that its name decides."""
+    seed = int.from_bytes(blake2b(name.encode(), digest_size=7).digest(), "big")
+    drawn = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(1, _PRODUCT_TOKENS, layer.in_features, generator=drawn)
+    return layer(inputs.to(device, dtype))[0].float().cpu()
+
+
+def _relative_error(found: Tensor, expected: Tensor) -> float:
+    return ((found - expected).square().mean() / expected.square().mean()).sqrt().item()
