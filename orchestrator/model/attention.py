@@ -18,6 +18,8 @@ SEGMENTED = "orchestrator_segmented"
 # Up to this length the probabilities are kept for the backward pass: on a CPU that is 3 to 5 times
 # faster than torch's flash kernel. Longer segments would pay for it in memory.
 DENSE_LIMIT = 512
+# Such segments are filled up to multiples of it, for a product is compiled for each length.
+LENGTH_STEP = 16
 
 
 def register() -> None:
@@ -192,6 +194,17 @@ def _future(device: torch.device) -> Tensor:
     return full.triu(1)
 
 
+def widened(length: int) -> int:
+    """The length up to which a dense segment is filled."""
+    return min(-(-length // LENGTH_STEP) * LENGTH_STEP, DENSE_LIMIT)
+
+
+def widen(part: Tensor, length: int) -> Tensor:
+    """A (heads, tokens, ...) segment with zeros after it: no token sees what comes later."""
+    extra = length - part.shape[1]
+    return F.pad(part, (*(0, 0) * (part.dim() - 2), 0, extra)) if extra else part
+
+
 class _DenseSegments(torch.autograd.Function):
     """Softmax attention segment by segment with the probabilities kept for the backward pass.
 
@@ -208,13 +221,14 @@ class _DenseSegments(torch.autograd.Function):
         output = query.new_empty(tokens, heads, value.shape[-1])
         kept, start = [], 0
         for length in lengths:
-            part = slice(start, start + length)
-            q = query[:, part].reshape(groups, -1, query.shape[-1])
-            k, v = key[:, part], value[:, part]
-            scores = torch.bmm(q, k.transpose(1, 2)).view(heads, length, length).float()
-            scores.mul_(scale).add_(future(query.device, length))
-            weights = torch.softmax(scores, -1).to(query.dtype).view(groups, -1, length)
-            output[part] = torch.bmm(weights, v).view(heads, length, -1).transpose(0, 1)
+            part, wide = slice(start, start + length), widened(length)
+            q = widen(query[:, part], wide).reshape(groups, -1, query.shape[-1])
+            k, v = widen(key[:, part], wide), widen(value[:, part], wide)
+            scores = torch.bmm(q, k.transpose(1, 2)).view(heads, wide, wide).float()
+            scores.mul_(scale).add_(future(query.device, wide))
+            weights = torch.softmax(scores, -1).to(query.dtype).view(groups, -1, wide)
+            found = torch.bmm(weights, v).view(heads, wide, -1)
+            output[part] = found[:, :length].transpose(0, 1)
             kept.append(weights)
             start += length
         ctx.save_for_backward(query, key, value, *kept)
@@ -228,17 +242,17 @@ class _DenseSegments(torch.autograd.Function):
         grad_query, grad_key, grad_value = (torch.empty_like(t) for t in (query, key, value))
         start = 0
         for length, weights in zip(ctx.lengths, kept, strict=True):
-            part = slice(start, start + length)
-            q = query[:, part].reshape(groups, -1, query.shape[-1])
-            k, v = key[:, part], value[:, part]
-            g = grad[part].transpose(0, 1).reshape(groups, -1, value.shape[-1])
-            grad_value[:, part] = torch.bmm(weights.transpose(1, 2), g)
+            part, wide = slice(start, start + length), weights.shape[-1]
+            q = widen(query[:, part], wide).reshape(groups, -1, query.shape[-1])
+            k, v = widen(key[:, part], wide), widen(value[:, part], wide)
+            g = widen(grad[part].transpose(0, 1), wide).reshape(groups, -1, value.shape[-1])
+            grad_value[:, part] = torch.bmm(weights.transpose(1, 2), g)[:, :length]
             grad_weights = torch.bmm(g, v.transpose(1, 2)).float()
             grad_scores = torch._softmax_backward_data(
                 grad_weights, weights.float(), -1, torch.float32
             )
             grad_scores = grad_scores.mul_(ctx.scale).to(query.dtype)
-            grad_query[:, part] = torch.bmm(grad_scores, k).view(heads, length, -1)
-            grad_key[:, part] = torch.bmm(grad_scores.transpose(1, 2), q)
+            grad_query[:, part] = torch.bmm(grad_scores, k).view(heads, wide, -1)[:, :length]
+            grad_key[:, part] = torch.bmm(grad_scores.transpose(1, 2), q)[:, :length]
             start += length
         return grad_query, grad_key, grad_value, None, None

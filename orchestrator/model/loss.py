@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from orchestrator.model.products import product_dtype
@@ -17,6 +18,9 @@ from orchestrator.model.products import product_dtype
 LOGITS_BYTES = 64 * 2**20
 # Bytes of the head's weight that exist a second time where products run in another dtype.
 SLICE_BYTES = 16 * 2**20
+
+# Tokens of a chunk are a multiple of it, where it is as large.
+COUNT_STEP = 64
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Head:
 
     def chunk(self) -> int:
         """Tokens whose logits are computed together."""
-        return max(16, self.logits_bytes // (4 * self.weight.shape[0]))
+        return whole_steps(self.logits_bytes // (4 * self.weight.shape[0]))
 
     @property
     def product_dtype(self) -> torch.dtype:
@@ -83,6 +87,11 @@ class Head:
         return total.float()
 
 
+def whole_steps(tokens: int) -> int:
+    """The tokens of a chunk of which about so many fit into its memory."""
+    return max(16, tokens - tokens % COUNT_STEP if tokens > COUNT_STEP else tokens)
+
+
 def token_losses(
     hidden: Tensor, head: Head, targets: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -112,10 +121,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         size = head.chunk()
         for start in range(0, len(targets), size):
             part = slice(start, start + size)
-            chosen = weights[part] if needs_grad else None
-            losses[part], grad_part = _chunk(hidden[part], head, targets[part], chosen)
+            chosen = _filled(weights[part], size) if needs_grad else None
+            states, wanted = _filled(hidden[part], size), _filled(targets[part], size)
+            found, grad_part = _chunk(states, head, wanted, chosen)
+            losses[part] = found[: len(targets) - start]
             if grad is not None and grad_part is not None:
-                grad[part] = grad_part
+                grad[part] = grad_part[: len(targets) - start]
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(losses)
         return (losses * weights).sum(), losses
@@ -124,6 +135,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_sum: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
         return (None if grad is None else grad * grad_sum.to(grad.dtype)), None, None, None
+
+
+def _filled(rows: Tensor, chunk: int) -> Tensor:
+    """On a CPU with zeros up to some numbers of tokens: a product is compiled for each number."""
+    extra = min(-len(rows) % COUNT_STEP, chunk - len(rows)) if rows.device.type == "cpu" else 0
+    return F.pad(rows, (*(0, 0) * (rows.dim() - 1), 0, extra)) if extra else rows
 
 
 def _chunk(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orchestrator.model.attention import DENSE_LIMIT, future
+from orchestrator.model.attention import DENSE_LIMIT, future, widen, widened
 from orchestrator.model.lora import LoraLinear, back_project, parts, project
 
 # Names of its linear layers.
@@ -80,11 +80,12 @@ class _Attend(torch.autograd.Function):
         output = rows.new_empty(len(rows), outs[0].shape[1])
         wide, kept = _grouped(output, groups, width), []
         for part, length in _segments(lengths):
-            q, k, v = query[:, part].flatten(1, 2), key[:, part], value[:, part]
-            scores = torch.bmm(q, k.transpose(1, 2)).float().mul_(scale)
-            scores.view(groups, length, -1, length).add_(future(rows.device, length)[:, None])
+            full = widened(length)
+            q, k, v = (widen(t[:, part], full) for t in (query, key, value))
+            scores = torch.bmm(q.flatten(1, 2), k.transpose(1, 2)).float().mul_(scale)
+            scores.view(groups, full, -1, full).add_(future(rows.device, full)[:, None])
             weights = torch.softmax(scores, -1).to(q.dtype)
-            wide[:, part] = torch.bmm(weights, v).view(groups, length, -1, width)
+            wide[:, part] = torch.bmm(weights, v).view(groups, full, -1, width)[:, :length]
             kept.append(weights.to(rows.dtype))
         tensors = [t.to(rows.dtype) for t in (query, key, value)]
         ctx.save_for_backward(rows, *turn, *tensors, *lows, *kept)
@@ -102,17 +103,18 @@ class _Attend(torch.autograd.Function):
         grad_query, grad_key = torch.empty_like(query), torch.empty_like(key)
         grad_value = _grouped(grads[2], len(key), width).squeeze(2)
         for (part, length), weights in zip(_segments(ctx.lengths), kept, strict=True):
-            weights = weights.to(dtype)
-            g = wide[:, part].to(dtype).flatten(1, 2)
-            grad_value[:, part] = torch.bmm(weights.transpose(1, 2), g)
-            grad_weights = torch.bmm(g, value[:, part].transpose(1, 2)).float()
+            weights, full = weights.to(dtype), weights.shape[-1]
+            q, k, v = (widen(t[:, part], full) for t in (query, key, value))
+            q, g = q.flatten(1, 2), widen(wide[:, part].to(dtype), full).flatten(1, 2)
+            grad_value[:, part] = torch.bmm(weights.transpose(1, 2), g)[:, :length]
+            grad_weights = torch.bmm(g, v.transpose(1, 2)).float()
             scores: Any = torch._softmax_backward_data(
                 grad_weights, weights.float(), -1, torch.float32
             )
             scores = scores.to(dtype)
-            q = query[:, part].flatten(1, 2)
-            grad_query[:, part] = torch.bmm(scores, key[:, part]).view(len(key), length, -1, width)
-            grad_key[:, part] = torch.bmm(scores.transpose(1, 2), q)
+            found = torch.bmm(scores, k).view(len(key), full, -1, width)
+            grad_query[:, part] = found[:, :length]
+            grad_key[:, part] = torch.bmm(scores.transpose(1, 2), q)[:, :length]
         back = (cos * ctx.scale, sin * -ctx.scale)
         _grouped(grads[0], len(key), width).copy_(_turned(grad_query, *back))
         _grouped(grads[1], len(key), width).copy_(_turned(grad_key.unsqueeze(2), *back))

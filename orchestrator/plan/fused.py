@@ -11,7 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from orchestrator.plan.standins import DENSE_LIMIT, PlannedLinear, back_project, project
+from orchestrator.plan.standins import (
+    DENSE_LIMIT,
+    PlannedLinear,
+    back_project,
+    project,
+    widen,
+    widened,
+)
 
 # As in model/rotary.py and model/gated.py.
 ROTARY = (
@@ -148,9 +155,10 @@ class _Attend(torch.autograd.Function):
         value = value.squeeze(2)
         output = rows.new_empty(len(rows), outs[0].shape[1])
         kept = []
-        for part, _ in _segments(lengths):
-            q, k, v = query[:, part].flatten(1, 2), key[:, part], value[:, part]
-            scores = torch.bmm(q, k.transpose(1, 2)).float()
+        for part, length in _segments(lengths):
+            full = widened(length)
+            q, k, v = (widen(t[:, part], full) for t in (query, key, value))
+            scores = torch.bmm(q.flatten(1, 2), k.transpose(1, 2)).float()
             weights = torch.softmax(scores, -1).to(q.dtype)
             attended = torch.bmm(weights, v)
             kept.append(weights.to(rows.dtype))
@@ -171,14 +179,15 @@ class _Attend(torch.autograd.Function):
         grads = [query.new_empty(len(rows), size) for size in sizes]
         grad_query, grad_key = torch.empty_like(query), torch.empty_like(key)
         for (part, _), weights in zip(_segments(ctx.lengths), kept, strict=True):
-            weights = weights.to(products)
-            g = wide[:, part].to(products).flatten(1, 2)
+            weights, full = weights.to(products), weights.shape[-1]
+            q, k, v = (widen(t[:, part], full) for t in (query, key, value))
+            q, g = q.flatten(1, 2), widen(wide[:, part].to(products), full).flatten(1, 2)
             grad_value = torch.bmm(weights.transpose(1, 2), g)
-            grad_weights = torch.bmm(g, value[:, part].transpose(1, 2)).float()
+            grad_weights = torch.bmm(g, v.transpose(1, 2)).float()
             scores: Any = torch.empty_like(grad_weights)
             scores = scores.to(products)
-            part_query = torch.bmm(scores, key[:, part])
-            part_key = torch.bmm(scores.transpose(1, 2), query[:, part].flatten(1, 2))
+            part_query = torch.bmm(scores, k)
+            part_key = torch.bmm(scores.transpose(1, 2), q)
         del grad_value, part_query, part_key
         _turned(grad_query), _turned(grad_key)
         needs = ctx.needs_input_grad[1]

@@ -11,11 +11,13 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 ATTENTION = "orchestrator_planned"
 # As in model/attention.py and model/loss.py.
-DENSE_LIMIT = 512
+DENSE_LIMIT, LENGTH_STEP = 512, 16
+COUNT_STEP = 64
 LOGITS_BYTES = 64 * 2**20
 SLICE_BYTES = 16 * 2**20
 
@@ -286,6 +288,17 @@ class _Flash(torch.autograd.Function):
         return (*grads, None)
 
 
+def widened(length: int) -> int:
+    """As `model.attention.widened`."""
+    return min(-(-length // LENGTH_STEP) * LENGTH_STEP, DENSE_LIMIT)
+
+
+def widen(part: Tensor, length: int) -> Tensor:
+    """As `model.attention.widen`."""
+    extra = length - part.shape[1]
+    return F.pad(part, (*(0, 0) * (part.dim() - 2), 0, extra)) if extra else part
+
+
 class _DenseSegments(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -296,11 +309,13 @@ class _DenseSegments(torch.autograd.Function):
         output = query.new_empty(tokens, heads, value.shape[-1])
         kept, start = [], 0
         for length in lengths:
-            part = slice(start, start + length)
-            q, k, v = query[:, part].reshape(groups, -1, width), key[:, part], value[:, part]
-            scores = torch.bmm(q, k.transpose(1, 2)).view(heads, length, length).float()
-            weights = torch.softmax(scores, -1).to(query.dtype).view(groups, -1, length)
-            output[part] = torch.bmm(weights, v).view(heads, length, -1).transpose(0, 1)
+            part, full = slice(start, start + length), widened(length)
+            q = widen(query[:, part], full).reshape(groups, -1, width)
+            k, v = widen(key[:, part], full), widen(value[:, part], full)
+            scores = torch.bmm(q, k.transpose(1, 2)).view(heads, full, full).float()
+            weights = torch.softmax(scores, -1).to(query.dtype).view(groups, -1, full)
+            found = torch.bmm(weights, v).view(heads, full, -1)
+            output[part] = found[:, :length].transpose(0, 1)
             kept.append(weights)
             start += length
         ctx.save_for_backward(query, key, value, *kept)
@@ -314,10 +329,10 @@ class _DenseSegments(torch.autograd.Function):
         grads = [torch.empty_like(t) for t in (query, key, value)]
         start = 0
         for length, weights in zip(ctx.lengths, kept, strict=True):
-            part = slice(start, start + length)
-            q = query[:, part].reshape(groups, -1, query.shape[-1])
-            k, v = key[:, part], value[:, part]
-            g = grad[part].transpose(0, 1).reshape(groups, -1, value.shape[-1])
+            part, full = slice(start, start + length), weights.shape[-1]
+            q = widen(query[:, part], full).reshape(groups, -1, query.shape[-1])
+            k, v = widen(key[:, part], full), widen(value[:, part], full)
+            g = widen(grad[part].transpose(0, 1), full).reshape(groups, -1, value.shape[-1])
             grad_value = torch.bmm(weights.transpose(1, 2), g)
             grad_weights = torch.bmm(g, v.transpose(1, 2)).float()
             wide = weights.float()
@@ -350,7 +365,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         products: torch.dtype,
     ) -> Tensor:
         grad = torch.empty_like(hidden)
-        size = max(16, LOGITS_BYTES // (4 * weight.shape[0]))
+        tokens = LOGITS_BYTES // (4 * weight.shape[0])
+        size = max(16, tokens - tokens % COUNT_STEP if tokens > COUNT_STEP else tokens)
         # Two chunks hold what a hundred hold.
         for start in range(0, min(len(hidden), 2 * size), size):
             part = slice(start, start + size)

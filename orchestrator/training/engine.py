@@ -22,7 +22,7 @@ from orchestrator.model.loss import token_losses
 from orchestrator.model.packed import hidden_states
 from orchestrator.training import memory
 from orchestrator.training.collective import World
-from orchestrator.training.rows import Row, Segment, arrange, build
+from orchestrator.training.rows import Row, Segment, arrange, build, padded_length
 from orchestrator.training.tenant import Tenant, Update
 
 _NOTHING_SHORTER = (
@@ -176,12 +176,19 @@ class Engine:
         """Pass rows; whether memory ran out in between."""
         try:
             for row in rows:
-                work(build(row).to(self.base.device))
+                work(self._build(row))
         except (MemoryError, RuntimeError) as error:
             if not memory.ran_out(error):
                 raise
             return True
         return False
+
+    def _build(self, segments: Sequence[Segment]) -> Row:
+        device, length = self.base.device, 0
+        if device.type == "cpu":
+            tokens = sum(len(segment.example.ids) for segment in segments)
+            length = padded_length(tokens, self.tokens_per_pass)
+        return build(segments, length).to(device)
 
     def _train_row(self, row: Row, holders: Sequence[Adapter], factors: Tensor) -> Tensor:
         """Forward and backward of one row; returns each tenant's sum of losses, float64 (k,)."""

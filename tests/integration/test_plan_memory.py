@@ -43,7 +43,12 @@ def test_a_sweep_takes_what_its_plan_says(
         "planned",
         quantization={"compute_dtype": "bfloat16"},
         data={"train": str(texts), "max_length": 256},
-        training={"max_steps": 9, "batch_size": 2, "tokens_per_pass": 512},
+        training={
+            "max_steps": 9,
+            "batch_size": 2,
+            "tokens_per_pass": 512,
+            "learning_rate": 5e-4,
+        },
         evaluation={"every": 9, "samples": 0},
         cluster={"address": "local"},
         sweep={"trials": 2, "search_space": {"lora.rank": {"choice": [8, 16]}}},

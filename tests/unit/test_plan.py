@@ -60,6 +60,8 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 
 def test_the_limits_are_the_engines() -> None:
     assert plan_standins.DENSE_LIMIT == attention.DENSE_LIMIT
+    assert plan_standins.LENGTH_STEP == attention.LENGTH_STEP
+    assert plan_standins.COUNT_STEP == loss.COUNT_STEP
     assert plan_standins.LOGITS_BYTES == loss.LOGITS_BYTES
     assert plan_standins.SLICE_BYTES == loss.SLICE_BYTES
 
