@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 from orchestrator.errors import UnplannableError, first_line
-from orchestrator.plan.heap import heap_bytes
+from orchestrator.plan.heap import CODE_BLOCKS, CODE_BYTES, heap_bytes
 from orchestrator.plan.shapes import Shape, build
 
 # How layers are recomputed, planned and in training. Only the adapters' dropout draws numbers in
@@ -16,6 +16,11 @@ CHECKPOINTING = {"use_reentrant": False, "preserve_rng_state": False}
 # Layers by which two runs differ, on CUDA or not. A CPU's heap takes some layers to settle; from
 # there on its holes grow evenly.
 _LAYERS_APART = {True: 1, False: 8}
+# Lengths of rows, each with products of its own (LENGTHS in training/rows.py).
+_ROW_LENGTHS = 16
+# oneDNN's primitives for each product that is counted: for operands in several orders, and for the
+# segments that such rows end with. 20 to 29 MiB a length in models of 18 products.
+_COMPILED = 2.6
 
 
 @dataclass(frozen=True)
@@ -149,6 +154,7 @@ def _run(shape: Shape, planned: Pass, depth: int) -> PassBytes:
         # Only bfloat16 products go through oneDNN here; float32's have no code of their own.
         codes = set(ledger.products.values()) if planned.products == "bfloat16" else set()
         holes = heap_bytes(ledger.events, codes, planned.standing) - ledger.peak
+        holes += round((_ROW_LENGTHS - 1) * len(codes) * _COMPILED * CODE_BLOCKS * CODE_BYTES)
     return PassBytes(ledger.peak, kept, max(0, at_loss - kept), in_loss, holes)
 
 

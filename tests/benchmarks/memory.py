@@ -235,7 +235,7 @@ def _measure(case: Case, entry: Path) -> int:
     from orchestrator.training import budget, memory
     from orchestrator.training.collective import World
     from orchestrator.training.engine import Engine
-    from orchestrator.training.rows import Segment
+    from orchestrator.training.rows import Segment, padded_length
     from orchestrator.training.tenant import Tenant
     from tests import tiny
 
@@ -253,6 +253,11 @@ def _measure(case: Case, entry: Path) -> int:
     ]
     budget.apply(budget.Budget(case.tokens, case.checkpointing), base.model)
     engine = Engine(base, adapters, World(), case.tokens)
+    # Nor has a row of each length been passed, for which products are compiled.
+    for tokens in sorted({padded_length(count, case.tokens) for count in range(1, case.tokens)}):
+        sizes = [case.length] * (tokens // case.length) + [tokens % case.length]
+        row = [Segment(0, 0, example) for example in tiny.examples([n for n in sizes if n > 1])]
+        engine.step(tenants[:1], [row], [1])
     for step in range(STEPS):
         # Long examples keep less than those whose attention's probabilities are kept.
         length = case.length if step % 2 == 0 else min(case.length, DENSE_LIMIT)
