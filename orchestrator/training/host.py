@@ -22,7 +22,7 @@ from orchestrator.errors import (
     TrainingError,
     WorkerLostError,
 )
-from orchestrator.training import course, evaluation, memory, proof
+from orchestrator.training import course, evaluation, proof
 from orchestrator.training.course import Course, Ground
 from orchestrator.training.engine import Engine, StepResult
 from orchestrator.training.events import Observer
@@ -63,7 +63,6 @@ class Host:
         self._pace = Pace(("fused", "in turn"), _TRIED_ROUNDS)
         # They are rare and long: one of each says enough.
         self._evaluations_pace = Pace(("in turn",), 1)
-        self._layout: Layout | None = None
         self._lanes = Lanes(ground.engine)
 
     def run(self) -> Path | None:
@@ -162,10 +161,6 @@ class Host:
         layout: Layout = self._pace.choose(len(names), self._lanes.hold(len(names), longest))
         # Each worker measures other times, and all must sum alike.
         layout = self._world.from_leader(layout)
-        if layout != self._layout:
-            # Its blocks are of other sizes, and would lie beside the holes of the last one's.
-            memory.release_cached(self._ground.engine.base.device)
-            self._layout = layout
         began = time.perf_counter()
         if layout == "side by side":
             passed = self._side_by_side(names, batches, began)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from orchestrator.training import proof
 from orchestrator.training.export import save_adapter
 from orchestrator.training.proof import Claim
 from tests import tiny
+from tests.unit.test_architectures import CONFIGS, make_config
 
 (EXAMPLE,) = tiny.examples([40])
 
@@ -21,9 +23,11 @@ from tests import tiny
 class Trained:
     """A small model with an adapter that is saved in `folder`."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype, quantization: str) -> None:
+    def __init__(
+        self, folder: Path, dtype: torch.dtype, quantization: str, config: Any = None
+    ) -> None:
         self.entry, self.folder, self.dtype = folder / "model", folder / "adapter", dtype
-        tiny.save_model(self.entry)
+        tiny.save_model(self.entry, config)
         self.base: Base = tiny.load_base(self.entry, dtype, quantization)
         self.adapters = AdapterSet(self.base.model)
         self.adapter: Adapter = self.adapters.add(LoraConfig(rank=4), 0)
@@ -67,6 +71,16 @@ def test_an_adapter_is_what_was_trained(tmp_path: Path, dtype: torch.dtype, erro
     proved = trained.prove(trained.claim())
     assert proved["relative_error"] < error and proved["largest_product_error"] < error
     assert proved["same_first_token"] > 0.9 and not trained.said
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_layers_of_every_architecture_are_proved(tmp_path: Path, name: str) -> None:
+    trained = Trained(tmp_path, torch.float32, "none", make_config(name))
+    for layer in range(len(trained.adapter.layer_names)):
+        trained.change(0.03, layer)
+    trained.save()
+    proved = trained.prove(trained.claim())
+    assert proved["relative_error"] < 1e-4 and proved["largest_product_error"] < 1e-5
 
 
 def test_an_empty_adapter_is_none(trained: Trained) -> None:
