@@ -74,7 +74,7 @@ def padded_length(tokens: int, budget: int) -> int:
     """The length up to which a CPU fills a row of so many tokens.
 
     oneDNN compiles each product anew for each number of tokens and keeps what it compiled, and a
-    block of another size leaves a hole in the heap: rows of all lengths took a quarter of the
+    block of another size leaves a hole in the heap: rows of all lengths cost a quarter of the
     tokens a second and twice the memory within sixty steps of SmolLM2-135M.
     """
     step = max(1, budget // LENGTHS)
