@@ -82,8 +82,8 @@ class Adapter:
         """What the layer `name` needs to run and train this adapter."""
         a, b = self._shapes[name].views(self.working)
         grad_a, grad_b = self._shapes[name].views(self.gradient)
-        salt = int.from_bytes(blake2b(name.encode(), digest_size=7).digest(), "big")
-        return Slot(a, b, grad_a, grad_b, self.scaling, self.config.dropout, self.seed ^ salt)
+        seed = self.seed ^ seed_of(name)
+        return Slot(a, b, grad_a, grad_b, self.scaling, self.config.dropout, seed)
 
     def publish(self) -> None:
         """Carry the master weights over into the working copy after an optimizer step."""
@@ -115,8 +115,7 @@ class Adapter:
     def _initialize(self) -> None:
         """A uniform in +-1/sqrt(inputs) as in PEFT, B zero; a layer's draw hangs on its name."""
         for name, shape in self._shapes.items():
-            digest = blake2b(f"{self.seed}/{name}".encode(), digest_size=7).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+            generator = torch.Generator().manual_seed(seed_of(f"{self.seed}/{name}"))
             bound = 1 / math.sqrt(shape.inputs)
             a = torch.empty(shape.rank, shape.inputs).uniform_(-bound, bound, generator=generator)
             shape.views(self.master.detach())[0].copy_(a)
@@ -179,6 +178,11 @@ class AdapterSet:
             setattr(self._model.get_submodule(parent), leaf, layer)
             self._layers[name] = layer
         return self._layers[name]
+
+
+def seed_of(text: str) -> int:
+    """A seed that hangs on a text alone, the same in every process."""
+    return int.from_bytes(blake2b(text.encode(), digest_size=7).digest(), "big")
 
 
 def linear_layers(model: Any) -> dict[str, nn.Module]:

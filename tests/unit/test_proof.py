@@ -106,8 +106,9 @@ def test_an_adapter_of_fewer_layers_is_found(trained: Trained) -> None:
         trained.prove(replace(claim, products={**claim.products, "model.extra": claim.logits}))
 
 
-def test_rounding_that_a_model_magnifies_is_told(trained: Trained) -> None:
+def test_rounding_that_a_model_magnifies_is_told(tmp_path: Path) -> None:
     """What a learning rate that is nearly too high leaves; seen with 0.18 in bfloat16."""
+    trained = Trained(tmp_path, torch.bfloat16, "none")
     trained.change(0.1)
     trained.save()
     claim = trained.claim()
@@ -118,6 +119,15 @@ def test_rounding_that_a_model_magnifies_is_told(trained: Trained) -> None:
     assert "differ by 0.2" in said and "training.learning_rate" in said
     with pytest.raises(ProofError, match=r"training\.learning_rate"):
         trained.prove(replace(claim, logits=claim.logits + 2 * noise))
+
+
+def test_float32_rounds_too_little_to_be_magnified_so(trained: Trained) -> None:
+    trained.change(0.1)
+    trained.save()
+    claim = trained.claim()
+    noise = torch.randn_like(claim.logits) * claim.logits.square().mean().sqrt()
+    with pytest.raises(ProofError, match=r"differ by 0\.2"):
+        trained.prove(replace(claim, logits=claim.logits + 0.2 * noise))
 
 
 def test_a_claim_is_kept_for_another_process(trained: Trained, tmp_path: Path) -> None:
