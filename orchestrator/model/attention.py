@@ -13,13 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from orchestrator.errors import ModelError
+from orchestrator.lengths import SHORT_SEGMENT, segment_length
 
 SEGMENTED = "orchestrator_segmented"
 # Up to this length the probabilities are kept for the backward pass: on a CPU that is 3 to 5 times
 # faster than torch's flash kernel. Longer segments would pay for it in memory.
-DENSE_LIMIT = 512
-# Such segments are filled up to multiples of it, for a product is compiled for each length.
-LENGTH_STEP = 16
+DENSE_LIMIT = SHORT_SEGMENT
 
 
 def register() -> None:
@@ -110,6 +109,9 @@ def _masked(
     repeat = query.shape[1] // key.shape[1]
     outputs = []
     for q, k, v in _split(query, key, value, lengths):
+        tokens = q.shape[2]
+        if q.device.type == "cpu":
+            q, k, v = (widen(t[0], segment_length(tokens))[None] for t in (q, k, v))
         k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
         scores = (q @ k.transpose(2, 3)).float() * scale
         if softcap is not None:
@@ -119,7 +121,7 @@ def _masked(
         distance = position[:, None] - position[None, :]
         hidden = (distance < 0) if window is None else (distance < 0) | (distance >= window)
         weights = scores.masked_fill(hidden, float("-inf")).softmax(-1).to(q.dtype)
-        outputs.append(weights @ v)
+        outputs.append((weights @ v)[:, :, :tokens])
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
@@ -194,11 +196,6 @@ def _future(device: torch.device) -> Tensor:
     return full.triu(1)
 
 
-def widened(length: int) -> int:
-    """The length up to which a dense segment is filled."""
-    return min(-(-length // LENGTH_STEP) * LENGTH_STEP, DENSE_LIMIT)
-
-
 def widen(part: Tensor, length: int) -> Tensor:
     """A (heads, tokens, ...) segment with zeros after it: no token sees what comes later."""
     extra = length - part.shape[1]
@@ -221,7 +218,7 @@ class _DenseSegments(torch.autograd.Function):
         output = query.new_empty(tokens, heads, value.shape[-1])
         kept, start = [], 0
         for length in lengths:
-            part, wide = slice(start, start + length), widened(length)
+            part, wide = slice(start, start + length), segment_length(length)
             q = widen(query[:, part], wide).reshape(groups, -1, query.shape[-1])
             k, v = widen(key[:, part], wide), widen(value[:, part], wide)
             scores = torch.bmm(q, k.transpose(1, 2)).view(heads, wide, wide).float()

@@ -12,15 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from orchestrator.lengths import CHUNK_STEP, chunk_length
 from orchestrator.model.products import product_dtype
 
 # Bytes of float32 logits that may exist at a time, unless a head says otherwise.
 LOGITS_BYTES = 64 * 2**20
 # Bytes of the head's weight that exist a second time where products run in another dtype.
 SLICE_BYTES = 16 * 2**20
-
-# Tokens of a chunk are a multiple of it, where it is as large.
-COUNT_STEP = 64
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,13 @@ class Head:
 
     def chunk(self) -> int:
         """Tokens whose logits are computed together."""
-        return whole_steps(self.logits_bytes // (4 * self.weight.shape[0]))
+        tokens = max(16, self.logits_bytes // (4 * self.weight.shape[0]))
+        return chunk_length(tokens) if self.compiles else tokens
+
+    @property
+    def compiles(self) -> bool:
+        """Whether a product is compiled for each number of tokens."""
+        return self.weight.device.type == "cpu" and self.product_dtype == torch.bfloat16
 
     @property
     def product_dtype(self) -> torch.dtype:
@@ -87,11 +91,6 @@ class Head:
         return total.float()
 
 
-def whole_steps(tokens: int) -> int:
-    """The tokens of a chunk of which about so many fit into its memory."""
-    return max(16, tokens - tokens % COUNT_STEP if tokens > COUNT_STEP else tokens)
-
-
 def token_losses(
     hidden: Tensor, head: Head, targets: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -121,9 +120,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         size = head.chunk()
         for start in range(0, len(targets), size):
             part = slice(start, start + size)
-            chosen = _filled(weights[part], size) if needs_grad else None
-            states, wanted = _filled(hidden[part], size), _filled(targets[part], size)
-            found, grad_part = _chunk(states, head, wanted, chosen)
+            states, wanted, chosen = hidden[part], targets[part], weights[part]
+            if head.compiles:
+                states, wanted, chosen = (_filled(t, size) for t in (states, wanted, chosen))
+            found, grad_part = _chunk(states, head, wanted, chosen if needs_grad else None)
             losses[part] = found[: len(targets) - start]
             if grad is not None and grad_part is not None:
                 grad[part] = grad_part[: len(targets) - start]
@@ -138,8 +138,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _filled(rows: Tensor, chunk: int) -> Tensor:
-    """On a CPU with zeros up to some numbers of tokens: a product is compiled for each number."""
-    extra = min(-len(rows) % COUNT_STEP, chunk - len(rows)) if rows.device.type == "cpu" else 0
+    """With zeros up to some numbers of tokens."""
+    extra = min(-len(rows) % CHUNK_STEP, chunk - len(rows))
     return F.pad(rows, (*(0, 0) * (rows.dim() - 1), 0, extra)) if extra else rows
 
 

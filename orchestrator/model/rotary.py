@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orchestrator.model.attention import DENSE_LIMIT, future, widen, widened
+from orchestrator.lengths import segment_length
+from orchestrator.model.attention import DENSE_LIMIT, future, widen
 from orchestrator.model.lora import LoraLinear, back_project, parts, project
 
 # Names of its linear layers.
@@ -80,7 +81,7 @@ class _Attend(torch.autograd.Function):
         output = rows.new_empty(len(rows), outs[0].shape[1])
         wide, kept = _grouped(output, groups, width), []
         for part, length in _segments(lengths):
-            full = widened(length)
+            full = segment_length(length)
             q, k, v = (widen(t[:, part], full) for t in (query, key, value))
             scores = torch.bmm(q.flatten(1, 2), k.transpose(1, 2)).float().mul_(scale)
             scores.view(groups, full, -1, full).add_(future(rows.device, full)[:, None])

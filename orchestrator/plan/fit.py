@@ -7,6 +7,7 @@ from functools import cached_property
 from math import ceil, prod
 
 from orchestrator.config import JobConfig
+from orchestrator.lengths import row_length
 from orchestrator.plan.examples import Examples
 from orchestrator.plan.machine import Machine
 from orchestrator.plan.parts import (
@@ -189,6 +190,8 @@ class Settled:
     def _row(self, longest: int) -> tuple[int, ...]:
         """A full row of examples that are as long as they may be."""
         tokens = max(min(self.tokens, self.need.most or self.tokens), longest)
+        if not self.need.machine.cuda:
+            tokens = row_length(tokens, self.tokens)
         whole, rest = divmod(tokens, longest)
         return (longest,) * whole + ((rest,) if rest else ())
 

@@ -11,14 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from orchestrator.plan.standins import (
-    DENSE_LIMIT,
-    PlannedLinear,
-    back_project,
-    project,
-    widen,
-    widened,
-)
+from orchestrator.lengths import segment_length
+from orchestrator.plan.standins import DENSE_LIMIT, PlannedLinear, back_project, project, widen
 
 # As in model/rotary.py and model/gated.py.
 ROTARY = (
@@ -156,7 +150,7 @@ class _Attend(torch.autograd.Function):
         output = rows.new_empty(len(rows), outs[0].shape[1])
         kept = []
         for part, length in _segments(lengths):
-            full = widened(length)
+            full = segment_length(length)
             q, k, v = (widen(t[:, part], full) for t in (query, key, value))
             scores = torch.bmm(q.flatten(1, 2), k.transpose(1, 2)).float()
             weights = torch.softmax(scores, -1).to(q.dtype)

@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 from orchestrator.errors import UnplannableError, first_line
+from orchestrator.lengths import row_lengths
 from orchestrator.plan.heap import CODE_BLOCKS, CODE_BYTES, heap_bytes
 from orchestrator.plan.shapes import Shape, build
 
@@ -16,10 +17,8 @@ CHECKPOINTING = {"use_reentrant": False, "preserve_rng_state": False}
 # Layers by which two runs differ, on CUDA or not. A CPU's heap takes some layers to settle; from
 # there on its holes grow evenly.
 _LAYERS_APART = {True: 1, False: 8}
-# Lengths of rows, each with products of its own (LENGTHS in training/rows.py).
-_ROW_LENGTHS = 16
 # oneDNN's primitives for each product that is counted: for operands in several orders, and for the
-# segments that such rows end with. 20 to 29 MiB a length in models of 18 products.
+# segments that such rows end with. 20 to 29 MiB a length of rows in models of 18 products.
 _COMPILED = 2.6
 
 
@@ -128,6 +127,8 @@ def _run(shape: Shape, planned: Pass, depth: int) -> PassBytes:
     model = _prepared(shape, planned, depth)
     text = model.config.get_text_config()
     tokens = sum(planned.lengths)
+    # Only bfloat16 products go through oneDNN here; float32's have no code of their own.
+    compiles = not planned.cuda and planned.products == "bfloat16"
     known = (*model.parameters(), *model.buffers(), *_of_standins(model))
     with Ledger(known, 512 if planned.cuda else 64) as ledger:
         ids = torch.empty(1, tokens, dtype=torch.long, device="meta")
@@ -145,16 +146,18 @@ def _run(shape: Shape, planned: Pass, depth: int) -> PassBytes:
         with ledger.note("loss"):
             head = model.get_output_embeddings().weight
             softcap = getattr(text, "final_logit_softcapping", None)
-            loss = planned_loss(picked, head, softcap, _logit_scale(text), _products(planned))
+            loss = planned_loss(
+                picked, head, softcap, _logit_scale(text), _products(planned), compiles
+            )
         at_loss = ledger.peak
         loss.backward()
     in_loss = ledger.peak_note == "loss"
     holes = 0
     if not planned.cuda:
-        # Only bfloat16 products go through oneDNN here; float32's have no code of their own.
-        codes = set(ledger.products.values()) if planned.products == "bfloat16" else set()
+        codes = set(ledger.products.values()) if compiles else set()
         holes = heap_bytes(ledger.events, codes, planned.standing) - ledger.peak
-        holes += round((_ROW_LENGTHS - 1) * len(codes) * _COMPILED * CODE_BLOCKS * CODE_BYTES)
+        others = len(row_lengths(tokens)) - 1
+        holes += round(others * len(codes) * _COMPILED * CODE_BLOCKS * CODE_BYTES)
     return PassBytes(ledger.peak, kept, max(0, at_loss - kept), in_loss, holes)
 
 

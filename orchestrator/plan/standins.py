@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from orchestrator.lengths import SHORT_SEGMENT, chunk_length, segment_length
+
 ATTENTION = "orchestrator_planned"
 # As in model/attention.py and model/loss.py.
-DENSE_LIMIT, LENGTH_STEP = 512, 16
-COUNT_STEP = 64
+DENSE_LIMIT = SHORT_SEGMENT
 LOGITS_BYTES = 64 * 2**20
 SLICE_BYTES = 16 * 2**20
 
@@ -190,7 +191,8 @@ def planned_attention(
     window = None if sliding_window is None or sliding_window >= longest else sliding_window
     function: Any
     if softcap is not None or (window is not None and not varlen):
-        return _masked(query, key, value, lengths, window, softcap), None
+        wide = not planned_for_cuda
+        return _masked(query, key, value, lengths, window, softcap, wide), None
     if varlen:
         function = _Flash
     elif not planned_for_cuda and longest <= DENSE_LIMIT:
@@ -229,10 +231,14 @@ def _masked(
     lengths: tuple[int, ...],
     window: int | None,
     softcap: float | None,
+    wide: bool,
 ) -> Tensor:
     repeat = query.shape[1] // key.shape[1]
     outputs = []
     for q, k, v in _split(query, key, value, lengths):
+        tokens = q.shape[2]
+        if wide:
+            q, k, v = (widen(t[0], segment_length(tokens))[None] for t in (q, k, v))
         k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
         scores = (q @ k.transpose(2, 3)).float() * 1.0
         if softcap is not None:
@@ -241,7 +247,7 @@ def _masked(
         distance = position[:, None] - position[None, :]
         hidden = (distance < 0) if window is None else (distance < 0) | (distance >= window)
         weights = scores.masked_fill(hidden, float("-inf")).softmax(-1).to(q.dtype)
-        outputs.append(weights @ v)
+        outputs.append((weights @ v)[:, :, :tokens])
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
@@ -288,11 +294,6 @@ class _Flash(torch.autograd.Function):
         return (*grads, None)
 
 
-def widened(length: int) -> int:
-    """As `model.attention.widened`."""
-    return min(-(-length // LENGTH_STEP) * LENGTH_STEP, DENSE_LIMIT)
-
-
 def widen(part: Tensor, length: int) -> Tensor:
     """As `model.attention.widen`."""
     extra = length - part.shape[1]
@@ -309,7 +310,7 @@ class _DenseSegments(torch.autograd.Function):
         output = query.new_empty(tokens, heads, value.shape[-1])
         kept, start = [], 0
         for length in lengths:
-            part, full = slice(start, start + length), widened(length)
+            part, full = slice(start, start + length), segment_length(length)
             q = widen(query[:, part], full).reshape(groups, -1, width)
             k, v = widen(key[:, part], full), widen(value[:, part], full)
             scores = torch.bmm(q, k.transpose(1, 2)).view(heads, full, full).float()
@@ -347,11 +348,16 @@ class _DenseSegments(torch.autograd.Function):
 
 
 def planned_loss(
-    hidden: Tensor, weight: Tensor, softcap: float | None, scale: float, products: torch.dtype
+    hidden: Tensor,
+    weight: Tensor,
+    softcap: float | None,
+    scale: float,
+    products: torch.dtype,
+    compiles: bool,
 ) -> Tensor:
     """As `token_losses` with a target at every token: the scalar that is differentiated."""
     function: Any = _ChunkedCrossEntropy.apply
-    return function(hidden, weight, softcap, scale, products)
+    return function(hidden, weight, softcap, scale, products, compiles)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -363,10 +369,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         softcap: float | None,
         scale: float,
         products: torch.dtype,
+        compiles: bool,
     ) -> Tensor:
         grad = torch.empty_like(hidden)
-        tokens = LOGITS_BYTES // (4 * weight.shape[0])
-        size = max(16, tokens - tokens % COUNT_STEP if tokens > COUNT_STEP else tokens)
+        tokens = max(16, LOGITS_BYTES // (4 * weight.shape[0]))
+        size = chunk_length(tokens) if compiles else tokens
         # Two chunks hold what a hundred hold.
         for start in range(0, min(len(hidden), 2 * size), size):
             part = slice(start, start + size)
@@ -377,7 +384,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_sum: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
-        return grad * grad_sum.to(grad.dtype), None, None, None, None
+        return grad * grad_sum.to(grad.dtype), None, None, None, None, None
 
 
 def _chunk(

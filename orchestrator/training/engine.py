@@ -16,13 +16,14 @@ from torch import Tensor
 
 from orchestrator.data.batches import deal
 from orchestrator.errors import TrainingError
+from orchestrator.lengths import row_length
 from orchestrator.model.adapters import Adapter, AdapterSet
 from orchestrator.model.base import Base
 from orchestrator.model.loss import token_losses
 from orchestrator.model.packed import hidden_states
 from orchestrator.training import memory
 from orchestrator.training.collective import World
-from orchestrator.training.rows import Row, Segment, arrange, build, padded_length
+from orchestrator.training.rows import Row, Segment, arrange, build
 from orchestrator.training.tenant import Tenant, Update
 
 _NOTHING_SHORTER = (
@@ -187,7 +188,7 @@ class Engine:
         device, length = self.base.device, 0
         if device.type == "cpu":
             tokens = sum(len(segment.example.ids) for segment in segments)
-            length = padded_length(tokens, self.tokens_per_pass)
+            length = row_length(tokens, self.tokens_per_pass)
         return build(segments, length).to(device)
 
     def _train_row(self, row: Row, holders: Sequence[Adapter], factors: Tensor) -> Tensor:

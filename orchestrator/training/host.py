@@ -28,6 +28,7 @@ from orchestrator.training.engine import Engine, StepResult
 from orchestrator.training.events import Observer
 from orchestrator.training.lanes import Lanes
 from orchestrator.training.membership import Member, Membership, Wishes
+from orchestrator.training.patience import patiently
 from orchestrator.training.rows import Segment
 from orchestrator.training.run import emit_start
 
@@ -281,8 +282,9 @@ class Host:
             course.save_if_due(state, asked=True)
 
     def _save_adapter(self, state: Course) -> None:
-        path = course.save_adapter(state)
-        course.claim(state).save(path)
+        proof.drop_claim(course.adapter_path(state))
+        path, claim = course.save_adapter(state), course.claim(state)
+        patiently(lambda: claim.save(path), state.say)
         step, loss = state.progress.step, state.progress.eval_loss
         state.observer.emit("adapter", step=step, path=str(path), eval_loss=loss)
 

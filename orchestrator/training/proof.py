@@ -1,8 +1,9 @@
 """The proof that a saved adapter is what was trained: PEFT loads it and gives the same answers.
 
-Two answers are compared. The products of each adapted layer may differ by rounding only. So may
-the logits, but a learning rate that is nearly too high leaves a model that magnifies rounding
-from layer to layer: where all products agree, logits that do not are told, not refused.
+The products of each adapted layer may differ by rounding only, and so may the adapter's part in
+them, which is small beside the base's. So may the logits, but a learning rate that is nearly too
+high leaves a model that magnifies rounding from layer to layer: where all products agree, logits
+that do not are told, not refused.
 """
 
 from collections.abc import Callable
@@ -11,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from orchestrator.data import Example
 from orchestrator.errors import ProofError
 from orchestrator.model.adapters import Adapter, AdapterSet, seed_of
 from orchestrator.model.base import Base, from_pretrained
+from orchestrator.model.lora import LoraLinear
+from orchestrator.places import write_whole
 from orchestrator.training import memory
 from orchestrator.training.export import PREFIX, WEIGHTS
 
@@ -38,7 +41,8 @@ class Claim:
     Attributes:
         ids: int64 (tokens,), the start of one example.
         logits: float32 (tokens, vocabulary), its logits.
-        products: float32 (4, outputs) of each adapted layer, of inputs drawn by its name.
+        products: float32 (2, 4, outputs) of each adapted layer, of inputs drawn by its name: the
+            layer's output, and the adapter's part in it.
     """
 
     ids: Tensor
@@ -48,7 +52,8 @@ class Claim:
     def save(self, folder: Path) -> None:
         """Keep it beside the adapter in `folder`, for a proof in another process."""
         tensors = {f"products.{name}": product for name, product in self.products.items()}
-        save_file({"ids": self.ids, "logits": self.logits, **tensors}, _path(folder))
+        content = save({"ids": self.ids, "logits": self.logits, **tensors})
+        write_whole(_path(folder), content)
 
     @staticmethod
     def load(folder: Path) -> "Claim":
@@ -64,6 +69,11 @@ def has_claim(folder: Path) -> bool:
     return _path(folder).exists()
 
 
+def drop_claim(folder: Path) -> None:
+    """Before an adapter is saved anew: its old claim is not the new one's."""
+    _path(folder).unlink(missing_ok=True)
+
+
 def _path(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}-claim.safetensors")
 
@@ -75,7 +85,7 @@ def claim(base: Base, adapters: AdapterSet, adapter: Adapter, example: Example) 
     with adapters.active([(adapter, 0, -1)]), base.unpacked():
         logits = _logits(base.model, ids, base.device)
         products = {
-            name: _product(name, base.model.get_submodule(name), base.dtype, base.device)
+            name: _trained_products(name, base.model.get_submodule(name), adapter)
             for name in adapter.layer_names
         }
     return Claim(ids, logits, products)
@@ -130,7 +140,8 @@ def prove_adapter(
         unstable = (
             f"The adapter in {folder}, loaded again, gives logits that differ by {error:.2g} of "
             f"their size from the trained model's, though each layer agrees to {product_error:.1g}"
-            ". The model magnifies rounding so: choose a lower training.learning_rate"
+            ". So a model does that magnifies rounding: choose a lower training.learning_rate "
+            "under another name; this run's checkpoints hold its weights"
         )
         if not error <= _MAGNIFIED * allowed:
             raise ProofError(unstable)
@@ -174,17 +185,19 @@ def _check_products(
         raise ProofError(
             f"The adapter in {folder} changes other layers than were trained: {differ}"
         )
-    largest = 0.0
+    largest, allowed = 0.0, _PRODUCTS_ALLOWED[dtype]
     for name, layer in layers.items():
-        error = _relative_error(_product(name, layer, dtype, device), claimed[name])
-        if not error <= _PRODUCTS_ALLOWED[dtype]:
-            raise ProofError(
-                f"The adapter in {folder} does not reproduce the trained model: the products of "
-                f"{name} differ by {error:.3g} of their size (allowed {_PRODUCTS_ALLOWED[dtype]}). "
-                "The last checkpoint holds the weights; run the same command again, and report "
-                "this if it stays"
-            )
-        largest = max(largest, error)
+        found = _saved_products(name, layer, dtype, device)
+        for of, own, expected in zip(("", "the adapter in "), found, claimed[name], strict=True):
+            error = _relative_error(own, expected)
+            if not error <= allowed:
+                raise ProofError(
+                    f"The adapter in {folder} does not reproduce the trained model: the products "
+                    f"of {of}{name} differ by {error:.3g} of their size (allowed {allowed}). The "
+                    "last checkpoint holds the weights; run the same command again, and report "
+                    "this if it stays"
+                )
+            largest = max(largest, error)
     return largest
 
 
@@ -192,12 +205,34 @@ def _logits(model: nn.Module, ids: Tensor, device: torch.device) -> Tensor:
     return model(input_ids=ids[None].to(device), use_cache=False).logits[0].float().cpu()
 
 
-def _product(name: str, layer: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A layer's output for inputs that its name decides."""
+def _trained_products(name: str, layer: LoraLinear, adapter: Adapter) -> Tensor:
+    """A wrapped layer's output, and the adapter's part in it."""
+    inputs, slot = _inputs(name, layer.in_features).to(layer.device), adapter.slot(name)
+    added = inputs.to(slot.a.dtype) @ slot.a.t() @ slot.b * slot.scaling
+    return _stacked(layer(inputs.to(layer.compute_dtype)), added)
+
+
+def _saved_products(name: str, layer: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The same of a layer as PEFT has loaded it."""
+    inputs = _inputs(name, layer.in_features).to(device)
+    (a,), (b,), (scaling,) = (part.values() for part in (layer.lora_A, layer.lora_B, layer.scaling))
+    added = b(a(inputs.to(a.weight.dtype))) * scaling
+    dense = layer.get_base_layer().weight.dtype
+    return _stacked(layer(inputs.to(dense if dense.is_floating_point else dtype)), added)
+
+
+def _inputs(name: str, width: int) -> Tensor:
+    """Float32 (1, 4, width), which the layer's name decides."""
     drawn = torch.Generator().manual_seed(seed_of(name))
-    inputs = torch.randn(1, _PRODUCT_TOKENS, layer.in_features, generator=drawn)
-    return layer(inputs.to(device, dtype))[0].float().cpu()
+    return torch.randn(1, _PRODUCT_TOKENS, width, generator=drawn)
+
+
+def _stacked(*products: Tensor) -> Tensor:
+    return torch.cat([product.float().cpu() for product in products])
 
 
 def _relative_error(found: Tensor, expected: Tensor) -> float:
+    if torch.equal(found, expected):
+        # Both may be zero: a layer that nothing was learned in.
+        return 0.0
     return ((found - expected).square().mean() / expected.square().mean()).sqrt().item()

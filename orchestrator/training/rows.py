@@ -12,9 +12,6 @@ from torch import Tensor
 from orchestrator.data import Example
 from orchestrator.data.batches import pack
 
-# Different lengths of rows on a CPU.
-LENGTHS = 16
-
 
 @dataclass(frozen=True)
 class Segment:
@@ -70,19 +67,12 @@ def arrange(
     return [sorted(row, key=lambda s: (s.tenant, s.key)) for row in rows]
 
 
-def padded_length(tokens: int, budget: int) -> int:
-    """The length up to which a CPU fills a row of so many tokens.
-
-    oneDNN compiles each product anew for each number of tokens and keeps what it compiled, and a
-    block of another size leaves a hole in the heap: rows of all lengths cost a quarter of the
-    tokens a second and twice the memory within sixty steps of SmolLM2-135M.
-    """
-    step = max(1, budget // LENGTHS)
-    return max(tokens, min(-(-tokens // step) * step, budget))
-
-
 def build(segments: Sequence[Segment], length: int = 0) -> Row:
-    """Concatenate segments into one row; one more, of no one's targets, fills it up to `length`."""
+    """Concatenate segments into one row.
+
+    Segments of no one's targets fill it up to `length`. None is longer than the longest example,
+    by which a model may choose how it turns positions, and how many it has.
+    """
     ids, positions, targets, owners = [], [], [], []
     spans: list[tuple[int, int, int]] = []
     keys, start = [], 0
@@ -100,11 +90,14 @@ def build(segments: Sequence[Segment], length: int = 0) -> Row:
         else:
             spans.append((segment.tenant, start, stop))
         start = stop
-    if start < length:
+    longest = max(len(part) for part in ids)
+    while start < length:
+        stop = min(length, start + longest)
         # Whoever is last computes it: what nothing is predicted from has no gradient.
-        ids.append(np.zeros(length - start, dtype=np.int32))
-        keys.append((start, length, 0))
-        spans[-1] = (*spans[-1][:2], length)
+        ids.append(np.zeros(stop - start, dtype=np.int32))
+        keys.append((start, stop, 0))
+        spans[-1] = (*spans[-1][:2], stop)
+        start = stop
     return Row(
         _tensor(ids),
         tuple(len(part) for part in ids),

@@ -83,8 +83,10 @@ def _reference(folder: Path, adapter: Path, batches: list[list[Any]]) -> list[fl
     return losses
 
 
+# In the second a row is filled up with more tokens than it has.
+@pytest.mark.parametrize("budget", [48, 1024])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_trains_like_a_plain_loop(tmp_path: Path, name: str) -> None:
+def test_trains_like_a_plain_loop(tmp_path: Path, name: str, budget: int) -> None:
     folder = tiny.save_model(tmp_path / "model", make_config(name))
     base = tiny.load_base(folder)
     batches = [tiny.examples(lengths, seed) for seed, lengths in enumerate([[20, 9, 33], [14, 40]])]
@@ -93,7 +95,7 @@ def test_trains_like_a_plain_loop(tmp_path: Path, name: str) -> None:
     lora, training = LoraConfig(rank=4, alpha=8), TrainingConfig(learning_rate=1e-2)
     start = adapters.add(lora, training.seed)
     save_adapter(start, base, "tiny", tmp_path / "start")
-    history, tenants = tiny.train(base, [(lora, training)], [batches], 48, adapters)
+    history, tenants = tiny.train(base, [(lora, training)], [batches], budget, adapters)
     own = [result.loss for result in history[0]]
     np.testing.assert_allclose(own, _reference(folder, tmp_path / "start", batches), rtol=2e-4)
     assert own[-1] != own[1]

@@ -25,7 +25,6 @@ from orchestrator.plan.known import PARAMETERS
 from orchestrator.plan.parts import adapter_parameters, base_bytes
 from orchestrator.plan.passes import Pass, pass_bytes
 from orchestrator.plan.shapes import Shape, build, measure, read_shape
-from orchestrator.training.rows import LENGTHS
 from tests import tiny
 from tests.unit.test_architectures import CONFIGS, make_config
 
@@ -61,9 +60,6 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 
 def test_the_limits_are_the_engines() -> None:
     assert plan_standins.DENSE_LIMIT == attention.DENSE_LIMIT
-    assert plan_standins.LENGTH_STEP == attention.LENGTH_STEP
-    assert plan_standins.COUNT_STEP == loss.COUNT_STEP
-    assert plan_passes._ROW_LENGTHS == LENGTHS
     assert plan_standins.LOGITS_BYTES == loss.LOGITS_BYTES
     assert plan_standins.SLICE_BYTES == loss.SLICE_BYTES
 

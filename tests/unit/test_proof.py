@@ -98,12 +98,33 @@ def test_one_layer_that_differs_is_found_and_named(trained: Trained) -> None:
         trained.prove(trained.claim())
 
 
+def test_a_small_part_that_differs_is_found(tmp_path: Path) -> None:
+    """An adapter changes a layer's products by a few hundredths, as rounding to bfloat16 might."""
+    trained = Trained(tmp_path, torch.bfloat16, "none")
+    for layer in range(len(trained.adapter.layer_names)):
+        trained.change(0.0015, layer)
+    trained.save()
+    proved = trained.prove(trained.claim())
+    assert proved["largest_product_error"] < 0.01
+    claim = trained.claim()
+    for layer in range(len(trained.adapter.layer_names)):
+        # As another scale would.
+        slot = trained.adapter.slot(trained.adapter.layer_names[layer])
+        slot.b.mul_(1.1)
+    trained.adapter.master.data.copy_(trained.adapter.working)
+    trained.save()
+    with pytest.raises(ProofError, match=r"the products of the adapter in .* differ by 0\.1"):
+        trained.prove(claim)
+
+
 def test_an_adapter_of_fewer_layers_is_found(trained: Trained) -> None:
     trained.change(0.1)
     trained.save()
     claim = trained.claim()
     with pytest.raises(ProofError, match=r"other layers than were trained: model\.extra"):
-        trained.prove(replace(claim, products={**claim.products, "model.extra": claim.logits}))
+        trained.prove(
+            replace(claim, products={**claim.products, "model.extra": claim.logits[None]})
+        )
 
 
 def test_rounding_that_a_model_magnifies_is_told(tmp_path: Path) -> None:
