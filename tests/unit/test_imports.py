@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "orchestrator"
-GROUND = {"allocator", "errors", "places", "processor", "quiet"}
+GROUND = {"allocator", "errors", "lengths", "places", "processor", "quiet"}
 CONFIG = GROUND | {"config", "jobfile", "identity"}
 # room: the rooms it may import
 MAY_IMPORT: dict[str, set[str]] = {
     "allocator": set(),
     "errors": set(),
+    "lengths": set(),
     "places": set(),
     "processor": set(),
     "quiet": set(),
