@@ -1,5 +1,7 @@
 """What this machine's processor is good at."""
 
+from functools import lru_cache
+
 
 def has_bfloat16() -> bool:
     """Whether it multiplies bfloat16 numbers without converting them first."""
@@ -24,6 +26,14 @@ def slow_bfloat16() -> bool:
     capabilities = torch.cpu.get_capabilities()
     intel = str(capabilities.get("cpu_name", "")).startswith("Intel")
     return intel and not capabilities.get("amx_bf16", False)
+
+
+@lru_cache
+def has_amx() -> bool:
+    """Whether it multiplies bfloat16 matrices in tiles."""
+    import torch
+
+    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
 def product_dtype(dtype: str, cuda: bool) -> str:

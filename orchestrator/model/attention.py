@@ -185,15 +185,15 @@ def _bounds(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     return ends.to(device)
 
 
-def future(device: torch.device, length: int) -> Tensor:
-    """(length, length) float32: -inf above the diagonal, 0 elsewhere."""
-    return _future(device)[:length, :length]
+def future(length: int, heads: int, dtype: torch.dtype) -> Tensor:
+    """On the CPU (length * heads, length): -inf where a token, of so many rows, would see later."""
+    return _future(heads, dtype)[: length * heads, :length]
 
 
-@lru_cache(maxsize=2)
-def _future(device: torch.device) -> Tensor:
-    full = torch.full((DENSE_LIMIT, DENSE_LIMIT), float("-inf"), device=device)
-    return full.triu(1)
+@lru_cache(maxsize=4)
+def _future(heads: int, dtype: torch.dtype) -> Tensor:
+    full = torch.full((DENSE_LIMIT, DENSE_LIMIT), float("-inf"), dtype=dtype).triu(1)
+    return full.repeat_interleave(heads, 0)
 
 
 def widen(part: Tensor, length: int) -> Tensor:
@@ -207,6 +207,7 @@ class _DenseSegments(torch.autograd.Function):
 
     Shapes: query (heads, tokens, d), key and value (key_value_heads, tokens, d); the output is
     (tokens, heads, d). Query heads that share a key head are one batch of its matrix products.
+    Scale and mask are part of the scores' product; softmax computes in float32 inside.
     """
 
     @staticmethod
@@ -221,9 +222,9 @@ class _DenseSegments(torch.autograd.Function):
             part, wide = slice(start, start + length), segment_length(length)
             q = widen(query[:, part], wide).reshape(groups, -1, query.shape[-1])
             k, v = widen(key[:, part], wide), widen(value[:, part], wide)
-            scores = torch.bmm(q, k.transpose(1, 2)).view(heads, wide, wide).float()
-            scores.mul_(scale).add_(future(query.device, wide))
-            weights = torch.softmax(scores, -1).to(query.dtype).view(groups, -1, wide)
+            hidden = future(wide, 1, query.dtype).repeat(heads // groups, 1)
+            scores = torch.baddbmm(hidden.expand(groups, -1, -1), q, k.transpose(1, 2), alpha=scale)
+            weights = torch.softmax(scores, -1)
             found = torch.bmm(weights, v).view(heads, wide, -1)
             output[part] = found[:, :length].transpose(0, 1)
             kept.append(weights)
@@ -244,11 +245,9 @@ class _DenseSegments(torch.autograd.Function):
             k, v = widen(key[:, part], wide), widen(value[:, part], wide)
             g = widen(grad[part].transpose(0, 1), wide).reshape(groups, -1, value.shape[-1])
             grad_value[:, part] = torch.bmm(weights.transpose(1, 2), g)[:, :length]
-            grad_weights = torch.bmm(g, v.transpose(1, 2)).float()
-            grad_scores = torch._softmax_backward_data(
-                grad_weights, weights.float(), -1, torch.float32
-            )
-            grad_scores = grad_scores.mul_(ctx.scale).to(query.dtype)
+            grad_weights = torch.bmm(g, v.transpose(1, 2))
+            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+            grad_scores = grad_scores.mul_(ctx.scale)
             grad_query[:, part] = torch.bmm(grad_scores, k).view(heads, wide, -1)[:, :length]
             grad_key[:, part] = torch.bmm(grad_scores.transpose(1, 2), q)[:, :length]
             start += length

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.errors import ModelError
-from orchestrator.model.products import dense_weight, product_dtype
+from orchestrator.model.products import add_product, dense_weight, product, product_dtype
 
 
 @dataclass(frozen=True)
@@ -210,9 +210,9 @@ def back_project(
     """
     grad_rows = None
     if needs_input:
-        grad_rows = grads[0] @ layers[0].weight()
+        grad_rows = product(grads[0], layers[0].weight())
         for layer, grad in zip(layers[1:], grads[1:], strict=True):
-            grad_rows.addmm_(grad, layer.weight())
+            add_product(grad_rows, grad, layer.weight())
     if rows is None:
         return grad_rows
     for part, low in zip(found, lows, strict=True):
@@ -255,7 +255,7 @@ def _accumulate(total: Tensor, left: Tensor, right: Tensor, scaling: float) -> N
 def _frozen_product(layer: LoraLinear, rows: Tensor) -> Tensor:
     weight, bias = layer.weight(), getattr(layer.base, "bias", None)
     if bias is None:
-        return rows @ weight.t()
+        return product(rows, weight.t())
     return torch.addmm(bias.to(rows.dtype), rows, weight.t())
 
 

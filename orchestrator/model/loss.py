@@ -1,7 +1,8 @@
 """Cross entropy at the targets only, in chunks.
 
 The output head is frozen, so the gradient of the hidden states is computed in the forward pass,
-chunk by chunk, and the logits of a whole row never exist.
+chunk by chunk, and the logits of a whole row never exist. Of a chunk's logits some rows at a time
+become float32 scores, and are overwritten by their gradient.
 """
 
 from collections.abc import Iterator
@@ -13,10 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from orchestrator.lengths import CHUNK_STEP, chunk_length
-from orchestrator.model.products import product_dtype
+from orchestrator.model.products import add_product, product_dtype
 
-# Bytes of float32 logits that may exist at a time, unless a head says otherwise.
+# Bytes of logits that may exist at a time, as float32, unless a head says otherwise.
 LOGITS_BYTES = 64 * 2**20
+# Bytes of float32 scores that a CPU makes at a time: its caches hold them from one pass over them
+# to the next.
+SCORES_BYTES = 2 * 2**20
 # Bytes of the head's weight that exist a second time where products run in another dtype.
 SLICE_BYTES = 16 * 2**20
 
@@ -27,7 +31,7 @@ class Head:
 
     softcap: logits become softcap * tanh(logits / softcap), as in Gemma 2.
     scale: factor on the logits, as in Cohere and Granite.
-    logits_bytes: bytes of float32 logits that may exist at a time.
+    logits_bytes: bytes of logits that may exist at a time, as float32.
     """
 
     weight: Tensor
@@ -40,6 +44,12 @@ class Head:
         """Tokens whose logits are computed together."""
         tokens = max(16, self.logits_bytes // (4 * self.weight.shape[0]))
         return chunk_length(tokens) if self.compiles else tokens
+
+    def block(self) -> int:
+        """Tokens of a chunk whose scores exist at a time."""
+        if self.weight.is_cuda:
+            return self.chunk()
+        return max(8, SCORES_BYTES // (4 * self.weight.shape[0]))
 
     @property
     def compiles(self) -> bool:
@@ -68,13 +78,17 @@ class Head:
             yield slice(start, start + size), room[: len(rows)].copy_(rows)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Float32 (tokens, vocabulary) for hidden states of (tokens, hidden)."""
+        """(tokens, vocabulary) in the products' dtype for hidden states of (tokens, hidden)."""
         wide = hidden.to(self.product_dtype)
         logits = wide.new_empty(len(hidden), self.weight.shape[0])
         for part, weight in self.slices():
             torch.mm(wide, weight.t(), out=logits[:, part])
         if self.bias is not None:
             logits += self.bias
+        return logits
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """Float32 scores of some tokens' logits."""
         scores = logits.float()
         if self.scale != 1.0:
             scores = scores * self.scale
@@ -83,11 +97,10 @@ class Head:
         return scores
 
     def gradient(self, grad: Tensor) -> Tensor:
-        """Float32 (tokens, hidden) for the gradient of the products, (tokens, vocabulary)."""
-        wide = grad.to(self.product_dtype)
-        total = wide.new_zeros(len(grad), self.weight.shape[1])
+        """Float32 (tokens, hidden) for the gradient of the logits, (tokens, vocabulary)."""
+        total = grad.new_zeros(len(grad), self.weight.shape[1])
         for part, weight in self.slices():
-            total.addmm_(wide[:, part], weight)
+            add_product(total, grad[:, part], weight)
         return total.float()
 
 
@@ -146,15 +159,27 @@ def _filled(rows: Tensor, chunk: int) -> Tensor:
 def _chunk(
     hidden: Tensor, head: Head, targets: Tensor, weights: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    scores = head.logits(hidden)
-    index = targets[:, None]
-    chosen = scores.gather(1, index).squeeze(1)
+    logits, size = head.logits(hidden), head.block()
+    losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+    for start in range(0, len(targets), size):
+        part = slice(start, start + size)
+        losses[part] = _block(logits[part], head, targets[part], weights is not None)
     if weights is None:
-        return torch.logsumexp(scores, 1) - chosen, None
+        return losses, None
+    return losses, head.gradient(logits) * (head.scale * weights[:, None])
+
+
+def _block(logits: Tensor, head: Head, targets: Tensor, needs_grad: bool) -> Tensor:
+    """The losses; `logits` become their own gradient where that is needed."""
+    scores, index = head.scores(logits), targets[:, None]
+    chosen = scores.gather(1, index).squeeze(1)
+    if not needs_grad:
+        return torch.logsumexp(scores, 1) - chosen
     probabilities = torch.softmax(scores, 1)
     # The largest probability is never tiny, so the normalizer is exact where it is read.
     normalizer = scores.amax(1) - probabilities.amax(1).log()
     grad = probabilities.scatter_add_(1, index, torch.full_like(chosen, -1)[:, None])
     if head.softcap is not None:
         grad.mul_(1 - (scores / head.softcap).square())
-    return normalizer - chosen, head.gradient(grad) * (head.scale * weights[:, None])
+    logits.copy_(grad)
+    return normalizer - chosen

@@ -83,9 +83,10 @@ class _Attend(torch.autograd.Function):
         for part, length in _segments(lengths):
             full = segment_length(length)
             q, k, v = (widen(t[:, part], full) for t in (query, key, value))
-            scores = torch.bmm(q.flatten(1, 2), k.transpose(1, 2)).float().mul_(scale)
-            scores.view(groups, full, -1, full).add_(future(rows.device, full)[:, None])
-            weights = torch.softmax(scores, -1).to(q.dtype)
+            hidden = future(full, q.shape[2], q.dtype).expand(groups, -1, -1)
+            scores = torch.baddbmm(hidden, q.flatten(1, 2), k.transpose(1, 2), alpha=scale)
+            weights = torch.softmax(scores, -1)
+            del scores
             wide[:, part] = torch.bmm(weights, v).view(groups, full, -1, width)[:, :length]
             kept.append(weights.to(rows.dtype))
         tensors = [t.to(rows.dtype) for t in (query, key, value)]
@@ -108,11 +109,9 @@ class _Attend(torch.autograd.Function):
             q, k, v = (widen(t[:, part], full) for t in (query, key, value))
             q, g = q.flatten(1, 2), widen(wide[:, part].to(dtype), full).flatten(1, 2)
             grad_value[:, part] = torch.bmm(weights.transpose(1, 2), g)[:, :length]
-            grad_weights = torch.bmm(g, v.transpose(1, 2)).float()
-            scores: Any = torch._softmax_backward_data(
-                grad_weights, weights.float(), -1, torch.float32
-            )
-            scores = scores.to(dtype)
+            grad_weights = torch.bmm(g, v.transpose(1, 2))
+            scores: Any = torch._softmax_backward_data(grad_weights, weights, -1, dtype)
+            del grad_weights
             found = torch.bmm(scores, k).view(len(key), full, -1, width)
             grad_query[:, part] = found[:, :length]
             grad_key[:, part] = torch.bmm(scores.transpose(1, 2), q)[:, :length]

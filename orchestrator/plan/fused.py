@@ -152,8 +152,9 @@ class _Attend(torch.autograd.Function):
         for part, length in _segments(lengths):
             full = segment_length(length)
             q, k, v = (widen(t[:, part], full) for t in (query, key, value))
-            scores = torch.bmm(q.flatten(1, 2), k.transpose(1, 2)).float()
-            weights = torch.softmax(scores, -1).to(q.dtype)
+            scores = torch.bmm(q.flatten(1, 2), k.transpose(1, 2))
+            weights = torch.softmax(scores, -1)
+            del scores
             attended = torch.bmm(weights, v)
             kept.append(weights.to(rows.dtype))
             del attended
@@ -177,9 +178,9 @@ class _Attend(torch.autograd.Function):
             q, k, v = (widen(t[:, part], full) for t in (query, key, value))
             q, g = q.flatten(1, 2), widen(wide[:, part].to(products), full).flatten(1, 2)
             grad_value = torch.bmm(weights.transpose(1, 2), g)
-            grad_weights = torch.bmm(g, v.transpose(1, 2)).float()
+            grad_weights = torch.bmm(g, v.transpose(1, 2))
             scores: Any = torch.empty_like(grad_weights)
-            scores = scores.to(products)
+            del grad_weights
             part_query = torch.bmm(scores, k)
             part_key = torch.bmm(scores.transpose(1, 2), q)
         del grad_value, part_query, part_key

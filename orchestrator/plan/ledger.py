@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-_PRODUCTS = ("mm", "addmm", "bmm")
+_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
 
 
 class Ledger(TorchDispatchMode):

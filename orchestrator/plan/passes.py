@@ -147,7 +147,7 @@ def _run(shape: Shape, planned: Pass, depth: int) -> PassBytes:
             head = model.get_output_embeddings().weight
             softcap = getattr(text, "final_logit_softcapping", None)
             loss = planned_loss(
-                picked, head, softcap, _logit_scale(text), _products(planned), compiles
+                picked, head, softcap, _logit_scale(text), _products(planned), planned.cuda
             )
         at_loss = ledger.peak
         loss.backward()

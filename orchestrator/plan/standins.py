@@ -19,7 +19,7 @@ from orchestrator.lengths import SHORT_SEGMENT, chunk_length, segment_length
 ATTENTION = "orchestrator_planned"
 # As in model/attention.py and model/loss.py.
 DENSE_LIMIT = SHORT_SEGMENT
-LOGITS_BYTES = 64 * 2**20
+LOGITS_BYTES, SCORES_BYTES = 64 * 2**20, 2 * 2**20
 SLICE_BYTES = 16 * 2**20
 
 
@@ -313,8 +313,9 @@ class _DenseSegments(torch.autograd.Function):
             part, full = slice(start, start + length), segment_length(length)
             q = widen(query[:, part], full).reshape(groups, -1, width)
             k, v = widen(key[:, part], full), widen(value[:, part], full)
-            scores = torch.bmm(q, k.transpose(1, 2)).view(heads, full, full).float()
-            weights = torch.softmax(scores, -1).to(query.dtype).view(groups, -1, full)
+            hidden = q.new_empty(1, full * heads // groups, full).expand(groups, -1, -1)
+            scores = torch.baddbmm(hidden, q, k.transpose(1, 2))
+            weights = torch.softmax(scores, -1)
             found = torch.bmm(weights, v).view(heads, full, -1)
             output[part] = found[:, :length].transpose(0, 1)
             kept.append(weights)
@@ -335,11 +336,8 @@ class _DenseSegments(torch.autograd.Function):
             k, v = widen(key[:, part], full), widen(value[:, part], full)
             g = widen(grad[part].transpose(0, 1), full).reshape(groups, -1, value.shape[-1])
             grad_value = torch.bmm(weights.transpose(1, 2), g)
-            grad_weights = torch.bmm(g, v.transpose(1, 2)).float()
-            wide = weights.float()
+            grad_weights = torch.bmm(g, v.transpose(1, 2))
             grad_scores = torch.empty_like(grad_weights)
-            del wide
-            grad_scores = grad_scores.to(query.dtype)
             grad_query = torch.bmm(grad_scores, k)
             grad_key = torch.bmm(grad_scores.transpose(1, 2), q)
             start += length
@@ -353,11 +351,16 @@ def planned_loss(
     softcap: float | None,
     scale: float,
     products: torch.dtype,
-    compiles: bool,
+    cuda: bool,
 ) -> Tensor:
     """As `token_losses` with a target at every token: the scalar that is differentiated."""
     function: Any = _ChunkedCrossEntropy.apply
-    return function(hidden, weight, softcap, scale, products, compiles)
+    vocabulary = weight.shape[0]
+    chunk = max(16, LOGITS_BYTES // (4 * vocabulary))
+    if not cuda and products == torch.bfloat16:
+        chunk = chunk_length(chunk)
+    block = chunk if cuda else max(8, SCORES_BYTES // (4 * vocabulary))
+    return function(hidden, weight, softcap, scale, products, chunk, block)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -369,45 +372,50 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         softcap: float | None,
         scale: float,
         products: torch.dtype,
-        compiles: bool,
+        chunk: int,
+        block: int,
     ) -> Tensor:
         grad = torch.empty_like(hidden)
-        tokens = max(16, LOGITS_BYTES // (4 * weight.shape[0]))
-        size = chunk_length(tokens) if compiles else tokens
         # Two chunks hold what a hundred hold.
-        for start in range(0, min(len(hidden), 2 * size), size):
-            part = slice(start, start + size)
-            grad[part] = _chunk(hidden[part], weight, softcap, scale, products)
+        for start in range(0, min(len(hidden), 2 * chunk), chunk):
+            part = slice(start, start + chunk)
+            grad[part] = _chunk(hidden[part], weight, softcap, scale, products, block)
         ctx.save_for_backward(grad)
         return hidden.new_empty((), dtype=torch.float32)
 
     @staticmethod
     def backward(ctx: Any, grad_sum: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
-        return grad * grad_sum.to(grad.dtype), None, None, None, None, None
+        return grad * grad_sum.to(grad.dtype), None, None, None, None, None, None
 
 
 def _chunk(
-    hidden: Tensor, weight: Tensor, softcap: float | None, scale: float, products: torch.dtype
+    hidden: Tensor,
+    weight: Tensor,
+    softcap: float | None,
+    scale: float,
+    products: torch.dtype,
+    block: int,
 ) -> Tensor:
     wide = hidden.to(products)
     logits = wide.new_empty(len(hidden), weight.shape[0])
     own = _slice(weight, products)
     torch.mm(wide, own.t(), out=logits[:, : len(own)])
     del own
-    scores = logits.float()
-    if scale != 1.0:
-        scores = scores * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    del logits, wide
-    grad = torch.softmax(scores, 1)
-    if softcap is not None:
-        grad.mul_(1 - (scores / softcap).square())
-    wide = grad.to(products)
-    total = wide.new_zeros(len(grad), weight.shape[1])
+    # Two blocks hold what a hundred hold.
+    for start in range(0, min(len(hidden), 2 * block), block):
+        scores = logits[start : start + block].float()
+        if scale != 1.0:
+            scores = scores * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        grad = torch.softmax(scores, 1)
+        if softcap is not None:
+            grad.mul_(1 - (scores / softcap).square())
+        del scores, grad
+    total = logits.new_zeros(len(hidden), weight.shape[1])
     own = _slice(weight, products)
-    total.addmm_(wide[:, : len(own)], own)
+    total.addmm_(logits[:, : len(own)], own)
     del own
     return total.float() * scale
 

@@ -61,6 +61,7 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 def test_the_limits_are_the_engines() -> None:
     assert plan_standins.DENSE_LIMIT == attention.DENSE_LIMIT
     assert plan_standins.LOGITS_BYTES == loss.LOGITS_BYTES
+    assert plan_standins.SCORES_BYTES == loss.SCORES_BYTES
     assert plan_standins.SLICE_BYTES == loss.SLICE_BYTES
 
 
