@@ -143,7 +143,7 @@ def _in_process(role: str, case: Case, entry: Path) -> int:
     arguments = [sys.executable, "-m", "tests.benchmarks.memory", role, json.dumps(vars(case))]
     done = subprocess.run(
         [*arguments, str(entry)],
-        env={**os.environ, **settings({}), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+        env={**os.environ, **settings({}), "PYTHONWARNINGS": "ignore"},
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
@@ -229,13 +229,14 @@ def _measure(case: Case, entry: Path) -> int:
     """Train for some steps; the peak of this process's resident memory."""
     import torch
 
+    from orchestrator.lengths import row_lengths
     from orchestrator.model import base as bases
     from orchestrator.model.adapters import AdapterSet
     from orchestrator.model.attention import DENSE_LIMIT
     from orchestrator.training import budget, memory
     from orchestrator.training.collective import World
     from orchestrator.training.engine import Engine
-    from orchestrator.training.rows import Segment, padded_length
+    from orchestrator.training.rows import Segment
     from orchestrator.training.tenant import Tenant
     from tests import tiny
 
@@ -253,10 +254,10 @@ def _measure(case: Case, entry: Path) -> int:
     ]
     budget.apply(budget.Budget(case.tokens, case.checkpointing), base.model)
     engine = Engine(base, adapters, World(), case.tokens)
-    # Nor has a row of each length been passed, for which products are compiled.
-    for tokens in sorted({padded_length(count, case.tokens) for count in range(1, case.tokens)}):
-        sizes = [case.length] * (tokens // case.length) + [tokens % case.length]
-        row = [Segment(0, 0, example) for example in tiny.examples([n for n in sizes if n > 1])]
+    # Nor has a row of each length been passed, of examples of all lengths, for which products are
+    # compiled and after which holes stay.
+    for tokens in [*row_lengths(case.tokens), *row_lengths(case.tokens)[::-1]]:
+        row = [Segment(0, 0, example) for example in tiny.examples(_sizes(tokens, case.length))]
         engine.step(tenants[:1], [row], [1])
     for step in range(STEPS):
         # Long examples keep less than those whose attention's probabilities are kept.
@@ -272,6 +273,16 @@ def _measure(case: Case, entry: Path) -> int:
         ]
         engine.step(tenants, batches, [step + 1] * len(batches))
     return memory.peak_bytes(device)
+
+
+def _sizes(tokens: int, longest: int) -> list[int]:
+    """Lengths of examples that fill a row, drawn evenly up to the longest."""
+    import random
+
+    drawn, sizes = random.Random(tokens), list[int]()
+    while tokens - sum(sizes) > 1:
+        sizes.append(min(drawn.randint(2, longest), tokens - sum(sizes)))
+    return sizes
 
 
 _ROLES = {"build": _build, "predict": _predict, "measure": _measure}
