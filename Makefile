@@ -6,7 +6,6 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 CONSTRAINTS := infra/constraints.txt
 # Half of a test's time it waits for processes to start or to be missed; a file stays together.
 TWO := -n 2 --dist loadfile
-FAULTS := fault
 
 .PHONY: help setup demo demo-sweep test test-memory test-faults test-cluster test-unit test-gpu lint format types bench clean
 
@@ -42,7 +41,7 @@ test-memory: $(VENV)/.model ## What `plan` promises beside what real steps take,
 	$(BIN)/python -m pytest tests/integration -m "memory and not gpu and not cluster" -q
 
 test-faults: $(VENV)/.model ## Processes that die in all ways, and what several workers have to agree on
-	$(BIN)/python -m pytest tests/integration -m "$(FAULTS)" $(TWO) -q
+	$(BIN)/python -m pytest tests/integration -m fault $(TWO) -q
 
 test-cluster: $(VENV)/.model ## Several nodes on this machine, and faults of every kind
 	$(BIN)/python -m pytest tests/integration -m "cluster and not memory" $(TWO) -q

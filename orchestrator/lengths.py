@@ -40,5 +40,5 @@ def segment_length(tokens: int) -> int:
 
 
 def chunk_length(tokens: int) -> int:
-    """Tokens of a chunk of the loss of which about so many fit into its memory."""
-    return max(16, tokens - tokens % CHUNK_STEP if tokens > CHUNK_STEP else tokens)
+    """Tokens of a chunk of the loss of which so many fit into its memory."""
+    return tokens - tokens % CHUNK_STEP if tokens > CHUNK_STEP else tokens

@@ -254,9 +254,7 @@ def _accumulate(total: Tensor, left: Tensor, right: Tensor, scaling: float) -> N
 
 def _frozen_product(layer: LoraLinear, rows: Tensor) -> Tensor:
     weight, bias = layer.weight(), getattr(layer.base, "bias", None)
-    if bias is None:
-        return product(rows, weight.t())
-    return torch.addmm(bias.to(rows.dtype), rows, weight.t())
+    return product(rows, weight.t(), None if bias is None else bias.to(rows.dtype))
 
 
 class _LoraProduct(torch.autograd.Function):

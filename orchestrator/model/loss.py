@@ -43,7 +43,7 @@ class Head:
     def chunk(self) -> int:
         """Tokens whose logits are computed together."""
         tokens = max(16, self.logits_bytes // (4 * self.weight.shape[0]))
-        return chunk_length(tokens) if self.compiles else tokens
+        return chunk_length(tokens) if self.weight.is_cuda or self.compiles else tokens
 
     def block(self) -> int:
         """Tokens of a chunk whose scores exist at a time."""

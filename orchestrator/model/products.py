@@ -29,14 +29,17 @@ def dense_weight(layer: nn.Module, dtype: torch.dtype) -> Tensor:
     return dense.to(dtype)
 
 
-def product(rows: Tensor, weight: Tensor) -> Tensor:
-    """Rows (tokens, inputs) times weight (inputs, outputs)."""
+def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Rows (tokens, inputs) times weight (inputs, outputs), plus bias (outputs,)."""
     count = _pieces(rows, weight)
     if count == 1:
-        return rows @ weight
+        return rows @ weight if bias is None else torch.addmm(bias, rows, weight)
     out = rows.new_empty(len(rows), weight.shape[1])
     for part in _cut(len(rows), count):
-        torch.mm(rows[part], weight, out=out[part])
+        if bias is None:
+            torch.mm(rows[part], weight, out=out[part])
+        else:
+            torch.addmm(bias, rows[part], weight, out=out[part])
     return out
 
 
@@ -62,7 +65,7 @@ def _pieces(rows: Tensor, weight: Tensor) -> int:
 
 
 def _cut(tokens: int, count: int) -> Iterator[slice]:
-    size = -(-tokens // (count * _PIECE_STEP)) * _PIECE_STEP
+    size = max(1, -(-tokens // (count * _PIECE_STEP))) * _PIECE_STEP
     return (slice(start, start + size) for start in range(0, tokens, size))
 
 

@@ -162,7 +162,7 @@ class Settled:
                 lengths=row,
                 checkpointing=self.checkpointing,
                 rank=largest_rank(job),
-                tenants=min(need.trials, len(row)),
+                tenants=min(need.trials, max(1, sum(row) // row[0])),
                 dropout=job.lora.dropout,
                 targets=frozenset(layer.name for layer in layers),
                 quantized=job.quantization.type != "none",
@@ -171,6 +171,7 @@ class Settled:
                 cuda=need.machine.cuda,
                 varlen=need.machine.cuda and need.machine.bfloat16,
                 products=self.products,
+                longest_row=self.tokens if job.data.validation else 0,
                 standing=() if need.machine.cuda else (4 * self.adapter_parameters,) * 2 * trials,
             )
             for row in rows

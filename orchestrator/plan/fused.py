@@ -152,7 +152,8 @@ class _Attend(torch.autograd.Function):
         for part, length in _segments(lengths):
             full = segment_length(length)
             q, k, v = (widen(t[:, part], full) for t in (query, key, value))
-            scores = torch.bmm(q.flatten(1, 2), k.transpose(1, 2))
+            hidden = q.new_empty(1, q.shape[1] * q.shape[2], full).expand(groups, -1, -1)
+            scores = torch.baddbmm(hidden, q.flatten(1, 2), k.transpose(1, 2))
             weights = torch.softmax(scores, -1)
             del scores
             attended = torch.bmm(weights, v)

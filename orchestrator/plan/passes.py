@@ -28,8 +28,8 @@ class Pass:
 
     lengths: tokens of the row's segments. targets: names of the layers with an adapter.
     varlen: whether the GPU has torch's variable-length attention. products: dtype of the matrix
-    products. standing: bytes of each block of the optimizer's state, which a CPU's heap
-    holds too.
+    products. longest_row: tokens that a row of evaluation may have, where there is any. standing:
+    bytes of each block of the optimizer's state, which a CPU's heap holds too.
     """
 
     lengths: tuple[int, ...]
@@ -44,6 +44,7 @@ class Pass:
     cuda: bool
     varlen: bool
     products: str
+    longest_row: int = 0
     standing: tuple[int, ...] = ()
 
 
@@ -156,7 +157,7 @@ def _run(shape: Shape, planned: Pass, depth: int) -> PassBytes:
     if not planned.cuda:
         codes = set(ledger.products.values()) if compiles else set()
         holes = heap_bytes(ledger.events, codes, planned.standing) - ledger.peak
-        others = len(row_lengths(tokens)) - 1
+        others = len(row_lengths(max(tokens, planned.longest_row))) - 1
         holes += round(others * len(codes) * _COMPILED * CODE_BLOCKS * CODE_BYTES)
     return PassBytes(ledger.peak, kept, max(0, at_loss - kept), in_loss, holes)
 

@@ -357,7 +357,7 @@ def planned_loss(
     function: Any = _ChunkedCrossEntropy.apply
     vocabulary = weight.shape[0]
     chunk = max(16, LOGITS_BYTES // (4 * vocabulary))
-    if not cuda and products == torch.bfloat16:
+    if cuda or products == torch.bfloat16:
         chunk = chunk_length(chunk)
     block = chunk if cuda else max(8, SCORES_BYTES // (4 * vocabulary))
     return function(hidden, weight, softcap, scale, products, chunk, block)
@@ -401,7 +401,7 @@ def _chunk(
     logits = wide.new_empty(len(hidden), weight.shape[0])
     own = _slice(weight, products)
     torch.mm(wide, own.t(), out=logits[:, : len(own)])
-    del own
+    del own, wide
     # Two blocks hold what a hundred hold.
     for start in range(0, min(len(hidden), 2 * block), block):
         scores = logits[start : start + block].float()
@@ -416,8 +416,9 @@ def _chunk(
     total = logits.new_zeros(len(hidden), weight.shape[1])
     own = _slice(weight, products)
     total.addmm_(logits[:, : len(own)], own)
-    del own
-    return total.float() * scale
+    gradient = total.float()
+    del own, total
+    return gradient * scale
 
 
 def _slice(weight: Tensor, products: torch.dtype) -> Tensor:

@@ -20,7 +20,7 @@ from orchestrator.plan.show import refusal
 from orchestrator.training.collective import World
 from orchestrator.training.events import Observer
 
-# Tokens of the shortest row that training could come down to.
+# Tokens of the shortest budget that training could come down to.
 _LEAST = 16
 # A row of the data's shortest examples alone is not to be expected; of this share, it may be.
 _SHORT = 0.1

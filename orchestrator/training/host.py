@@ -282,7 +282,7 @@ class Host:
             course.save_if_due(state, asked=True)
 
     def _save_adapter(self, state: Course) -> None:
-        proof.drop_claim(course.adapter_path(state))
+        patiently(lambda: proof.drop_claim(course.adapter_path(state)), state.say)
         path, claim = course.save_adapter(state), course.claim(state)
         patiently(lambda: claim.save(path), state.say)
         step, loss = state.progress.step, state.progress.eval_loss

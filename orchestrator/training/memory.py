@@ -34,8 +34,8 @@ def keep_freed_memory() -> None:
     """Let glibc hand freed blocks out again instead of returning them to the kernel.
 
     On a CPU every activation is freed and allocated again in each layer; without this the kernel
-    zeroes the same pages again and again: some 5% of a step on two cores. Blocks as large as the
-    loss's logits are few, and returned: they would leave holes that nothing fits.
+    zeroes the same pages again and again: some 5% of a step on two cores. The largest blocks are
+    few, and returned: they would leave holes that nothing fits.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)

@@ -20,6 +20,7 @@ from orchestrator.errors import ProofError
 from orchestrator.model.adapters import Adapter, AdapterSet, seed_of
 from orchestrator.model.base import Base, from_pretrained
 from orchestrator.model.lora import LoraLinear
+from orchestrator.model.products import product_dtype
 from orchestrator.places import write_whole
 from orchestrator.training import memory
 from orchestrator.training.export import PREFIX, WEIGHTS
@@ -216,7 +217,9 @@ def _saved_products(name: str, layer: Any, dtype: torch.dtype, device: torch.dev
     """The same of a layer as PEFT has loaded it."""
     inputs = _inputs(name, layer.in_features).to(device)
     (a,), (b,), (scaling,) = (part.values() for part in (layer.lora_A, layer.lora_B, layer.scaling))
-    added = b(a(inputs.to(a.weight.dtype))) * scaling
+    # Rounded as in training: of few ranks a product may nearly cancel, and its rounding does not.
+    a, b = (part.weight.t().to(product_dtype(dtype, device)) for part in (a, b))
+    added = inputs.to(a.dtype) @ a @ b * scaling
     dense = layer.get_base_layer().weight.dtype
     return _stacked(layer(inputs.to(dense if dense.is_floating_point else dtype)), added)
 

@@ -225,10 +225,13 @@ def test_infinite_loss_stops_that_tenant_only(base: Base) -> None:
 def test_chunked_loss_equals_torch(
     softcap: float | None, bias: bool, scale: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("orchestrator.model.loss.LOGITS_BYTES", 4 * 300 * 20)
+    # Three chunks, each of blocks whose last is short.
+    monkeypatch.setattr("orchestrator.model.loss.SCORES_BYTES", 4 * 300 * 9)
     torch.manual_seed(0)
     hidden = torch.randn(50, 16, requires_grad=True)
-    head = Head(torch.randn(300, 16), torch.randn(300) if bias else None, softcap, scale)
+    weight, added = torch.randn(300, 16), torch.randn(300) if bias else None
+    head = Head(weight, added, softcap, scale, logits_bytes=4 * 300 * 20)
+    assert (head.chunk(), head.block()) == (20, 9)
     targets = torch.randint(0, 300, (50,))
     weights = torch.rand(50)
     total, losses = token_losses(hidden, head, targets, weights)
@@ -240,3 +243,21 @@ def test_chunked_loss_equals_torch(
     (reference,) = torch.autograd.grad((expected * weights).sum(), hidden)
     torch.testing.assert_close(losses, expected.detach(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(own, reference, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_the_loss_of_a_16_bit_head_rounds_its_logits_only(softcap: float | None) -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(200, 64).bfloat16().requires_grad_()
+    weight = (torch.randn(500, 64) / 8).bfloat16()
+    head = Head(weight, softcap=softcap, logits_bytes=4 * 500 * 64)
+    targets, weights = torch.randint(0, 500, (200,)), torch.rand(200)
+    total, losses = token_losses(hidden, head, targets, weights)
+    (own,) = torch.autograd.grad(total, hidden)
+    wide = hidden.detach().double().requires_grad_()
+    logits = wide @ weight.double().t()
+    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+    expected = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    (reference,) = torch.autograd.grad((expected * weights).sum(), wide)
+    assert (losses - expected).abs().max() < 0.03 and (losses - expected).mean().abs() < 1e-3
+    assert (own - reference).norm() < 0.01 * reference.norm()

@@ -113,7 +113,7 @@ def test_a_small_part_that_differs_is_found(tmp_path: Path) -> None:
         slot.b.mul_(1.1)
     trained.adapter.master.data.copy_(trained.adapter.working)
     trained.save()
-    with pytest.raises(ProofError, match=r"the products of the adapter in .* differ by 0\.1"):
+    with pytest.raises(ProofError, match=r"the products of the adapter in .* differ by 0\.(09|1)"):
         trained.prove(claim)
 
 
