@@ -1,14 +1,11 @@
 """What this machine's processor is good at."""
 
-from functools import lru_cache
-
 
 def has_bfloat16() -> bool:
     """Whether it multiplies bfloat16 numbers without converting them first."""
     import torch
 
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return bool(torch.cpu.get_capabilities().get("avx512_bf16")) or has_amx()
 
 
 def slow_bfloat16() -> bool:
@@ -23,12 +20,10 @@ def slow_bfloat16() -> bool:
 
     if not has_bfloat16():
         return True
-    capabilities = torch.cpu.get_capabilities()
-    intel = str(capabilities.get("cpu_name", "")).startswith("Intel")
-    return intel and not capabilities.get("amx_bf16", False)
+    intel = str(torch.cpu.get_capabilities().get("cpu_name", "")).startswith("Intel")
+    return intel and not has_amx()
 
 
-@lru_cache
 def has_amx() -> bool:
     """Whether it multiplies bfloat16 matrices in tiles."""
     import torch

@@ -13,12 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from orchestrator.errors import ModelError
-from orchestrator.lengths import SHORT_SEGMENT, segment_length
+from orchestrator.lengths import DENSE_LIMIT, segment_length
 
 SEGMENTED = "orchestrator_segmented"
-# Up to this length the probabilities are kept for the backward pass: on a CPU that is 3 to 5 times
-# faster than torch's flash kernel. Longer segments would pay for it in memory.
-DENSE_LIMIT = SHORT_SEGMENT
 
 
 def register() -> None:

@@ -52,7 +52,7 @@ def add_product(total: Tensor, rows: Tensor, weight: Tensor) -> None:
 def _pieces(rows: Tensor, weight: Tensor) -> int:
     """In how many products one is faster.
 
-    oneDNN (3.11, AMX) gives one of several threads all the work where there are more tokens than
+    oneDNN (3.12, AMX) gives one of several threads all the work where there are more tokens than
     outputs: on two cores 1024 x 1536 x 576 reached 1.3 TFLOP/s whole, 2.3 in two pieces, and 1024 x
     576 x 1536 reached 2.5 whole. Of few outputs there is too little to share.
     """

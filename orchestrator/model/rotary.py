@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orchestrator.lengths import segment_length
-from orchestrator.model.attention import DENSE_LIMIT, future, widen
+from orchestrator.lengths import DENSE_LIMIT, segment_length
+from orchestrator.model.attention import future, widen
 from orchestrator.model.lora import LoraLinear, back_project, parts, project
 
 # Names of its linear layers.

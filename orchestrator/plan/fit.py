@@ -7,7 +7,7 @@ from functools import cached_property
 from math import ceil, prod
 
 from orchestrator.config import JobConfig
-from orchestrator.lengths import row_length
+from orchestrator.lengths import DENSE_LIMIT, row_length
 from orchestrator.plan.examples import Examples
 from orchestrator.plan.machine import Machine
 from orchestrator.plan.parts import (
@@ -22,7 +22,6 @@ from orchestrator.plan.parts import (
 )
 from orchestrator.plan.passes import Pass, PassBytes, pass_bytes
 from orchestrator.plan.shapes import Shape
-from orchestrator.plan.standins import DENSE_LIMIT
 from orchestrator.processor import product_dtype
 
 # Tokens of a pass, on CUDA or not, from which on longer ones are no faster and take more memory.
@@ -162,7 +161,7 @@ class Settled:
                 lengths=row,
                 checkpointing=self.checkpointing,
                 rank=largest_rank(job),
-                tenants=min(need.trials, max(1, sum(row) // row[0])),
+                tenants=min(need.trials, sum(row) // row[0]),
                 dropout=job.lora.dropout,
                 targets=frozenset(layer.name for layer in layers),
                 quantized=job.quantization.type != "none",

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from orchestrator.lengths import segment_length
-from orchestrator.plan.standins import DENSE_LIMIT, PlannedLinear, back_project, project, widen
+from orchestrator.lengths import DENSE_LIMIT, segment_length
+from orchestrator.plan.standins import PlannedLinear, back_project, project, widen
 
 # As in model/rotary.py and model/gated.py.
 ROTARY = (

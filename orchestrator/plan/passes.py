@@ -128,8 +128,6 @@ def _run(shape: Shape, planned: Pass, depth: int) -> PassBytes:
     model = _prepared(shape, planned, depth)
     text = model.config.get_text_config()
     tokens = sum(planned.lengths)
-    # Only bfloat16 products go through oneDNN here; float32's have no code of their own.
-    compiles = not planned.cuda and planned.products == "bfloat16"
     known = (*model.parameters(), *model.buffers(), *_of_standins(model))
     with Ledger(known, 512 if planned.cuda else 64) as ledger:
         ids = torch.empty(1, tokens, dtype=torch.long, device="meta")
@@ -155,7 +153,8 @@ def _run(shape: Shape, planned: Pass, depth: int) -> PassBytes:
     in_loss = ledger.peak_note == "loss"
     holes = 0
     if not planned.cuda:
-        codes = set(ledger.products.values()) if compiles else set()
+        # Only bfloat16 products go through oneDNN here; float32's have no code of their own.
+        codes = set(ledger.products.values()) if planned.products == "bfloat16" else set()
         holes = heap_bytes(ledger.events, codes, planned.standing) - ledger.peak
         others = len(row_lengths(max(tokens, planned.longest_row))) - 1
         holes += round(others * len(codes) * _COMPILED * CODE_BLOCKS * CODE_BYTES)

@@ -14,11 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from orchestrator.lengths import SHORT_SEGMENT, chunk_length, segment_length
+from orchestrator.lengths import DENSE_LIMIT, chunk_length, segment_length
 
 ATTENTION = "orchestrator_planned"
 # As in model/attention.py and model/loss.py.
-DENSE_LIMIT = SHORT_SEGMENT
 LOGITS_BYTES, SCORES_BYTES = 64 * 2**20, 2 * 2**20
 SLICE_BYTES = 16 * 2**20
 
