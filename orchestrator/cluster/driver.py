@@ -19,6 +19,7 @@ from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 from orchestrator import allocator
+from orchestrator.cluster.alone import NothingToAskFor
 from orchestrator.cluster.elastic import STOPPED, LivingNodes
 from orchestrator.cluster.forming import Forming, StartsAgain
 from orchestrator.cluster.plan import WorkerPlan, plan_workers
@@ -274,6 +275,8 @@ class _Trainer(TorchTrainer):  # type: ignore[misc]
                 Path(self.train_loop_config["run_dir"]),
                 retries * _ELASTIC_START_SECONDS,
             )
+        elif self.train_loop_config["own"]:
+            given["scaling_policy"] = NothingToAskFor(self.scaling_config)
         return super()._initialize_and_run_controller(**given)
 
 

@@ -27,8 +27,10 @@ _INHERITED = {
     # its speed.
     "RAY_worker_niceness": "0",
     # Each of Ray's processes wakes a hundred times a second, so there are as few as may be: no idle
-    # worker is kept, and none watches for a node that is taken away.
+    # worker is kept nor started in advance (each of Ray Train's has an environment of its own, so
+    # that none would be used), and none watches for a node that is taken away.
     "RAY_num_workers_soft_limit": "0",
+    "RAY_prestart_worker_first_driver": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
 

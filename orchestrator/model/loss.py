@@ -13,16 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from orchestrator.lengths import CHUNK_STEP, chunk_length
+from orchestrator.lengths import (
+    CHUNK_STEP,
+    LOGITS_BYTES,
+    block_length,
+    chunk_length,
+    slice_length,
+)
 from orchestrator.model.products import add_product, product_dtype
-
-# Bytes of logits that may exist at a time, as float32, unless a head says otherwise.
-LOGITS_BYTES = 64 * 2**20
-# Bytes of float32 scores that a CPU makes at a time: its caches hold them from one pass over them
-# to the next.
-SCORES_BYTES = 2 * 2**20
-# Bytes of the head's weight that exist a second time where products run in another dtype.
-SLICE_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -42,14 +40,12 @@ class Head:
 
     def chunk(self) -> int:
         """Tokens whose logits are computed together."""
-        tokens = max(16, self.logits_bytes // (4 * self.weight.shape[0]))
-        return chunk_length(tokens) if self.weight.is_cuda or self.compiles else tokens
+        filled = self.weight.is_cuda or self.compiles
+        return chunk_length(self.weight.shape[0], filled, self.logits_bytes)
 
     def block(self) -> int:
         """Tokens of a chunk whose scores exist at a time."""
-        if self.weight.is_cuda:
-            return self.chunk()
-        return max(8, SCORES_BYTES // (4 * self.weight.shape[0]))
+        return self.chunk() if self.weight.is_cuda else block_length(self.weight.shape[0])
 
     @property
     def compiles(self) -> bool:
@@ -71,7 +67,7 @@ class Head:
             yield slice(None), self.weight
             return
         vocabulary, hidden = self.weight.shape
-        size = min(vocabulary, max(1, SLICE_BYTES // (hidden * self.product_dtype.itemsize)))
+        size = slice_length(vocabulary, hidden, self.product_dtype.itemsize)
         room = self.weight.new_empty(size, hidden, dtype=self.product_dtype)
         for start in range(0, vocabulary, size):
             rows = self.weight[start : start + size]

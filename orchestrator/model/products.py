@@ -3,12 +3,13 @@
 from collections.abc import Iterator
 from typing import Any
 
-import bitsandbytes.functional as bnb
 import torch
-from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 
 from orchestrator import processor
+from orchestrator.imports import import_bitsandbytes
+
+bnb = import_bitsandbytes()
 
 # Outputs from which on a product is cut; tokens of a piece are a multiple of two tiles.
 _FEW_OUTPUTS, _PIECE_STEP = 448, 32
@@ -23,7 +24,7 @@ def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 def dense_weight(layer: nn.Module, dtype: torch.dtype) -> Tensor:
     """A linear layer's weight as (out, in), dequantized where it is stored in 4 bit."""
     weight: Any = layer.weight
-    if isinstance(layer, Linear4bit):
+    if isinstance(layer, bnb.nn.Linear4bit):
         return _dequantized(weight, dtype)
     dense = weight.t() if type(layer).__name__ == "Conv1D" else weight
     return dense.to(dtype)
@@ -72,10 +73,10 @@ def _cut(tokens: int, count: int) -> Iterator[slice]:
 def _dequantized(weight: Any, dtype: torch.dtype) -> Tensor:
     state = weight.quant_state
     if dtype == state.dtype:
-        return bnb.dequantize_4bit(weight.data, state)
+        return bnb.functional.dequantize_4bit(weight.data, state)
     absmax = state.absmax
     if state.nested:
-        absmax = bnb.dequantize_blockwise(absmax, state.state2) + state.offset
+        absmax = bnb.functional.dequantize_blockwise(absmax, state.state2) + state.offset
     return torch.ops.bitsandbytes.dequantize_4bit(
         weight.data, absmax.float(), state.blocksize, state.quant_type, state.shape, dtype
     )

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
+from orchestrator.imports import import_bitsandbytes
 from orchestrator.plan.limits import free_bytes
 from orchestrator.processor import has_bfloat16
 
@@ -125,7 +126,7 @@ def look_at_gpu() -> Gpu | None:
 def _this_cpu(count: int, sharing: int) -> Machine:
     """This process's share of the machine: what is free, and what the process holds already."""
     # What a run imports too belongs to what a process of ours holds.
-    import bitsandbytes  # noqa: F401
+    import_bitsandbytes()
     import psutil
     import transformers.quantizers.auto  # noqa: F401
 

@@ -14,12 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from orchestrator.lengths import DENSE_LIMIT, chunk_length, segment_length
+from orchestrator.lengths import (
+    DENSE_LIMIT,
+    block_length,
+    chunk_length,
+    segment_length,
+    slice_length,
+)
 
 ATTENTION = "orchestrator_planned"
-# As in model/attention.py and model/loss.py.
-LOGITS_BYTES, SCORES_BYTES = 64 * 2**20, 2 * 2**20
-SLICE_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -355,10 +358,8 @@ def planned_loss(
     """As `token_losses` with a target at every token: the scalar that is differentiated."""
     function: Any = _ChunkedCrossEntropy.apply
     vocabulary = weight.shape[0]
-    chunk = max(16, LOGITS_BYTES // (4 * vocabulary))
-    if cuda or products == torch.bfloat16:
-        chunk = chunk_length(chunk)
-    block = chunk if cuda else max(8, SCORES_BYTES // (4 * vocabulary))
+    chunk = chunk_length(vocabulary, filled=cuda or products == torch.bfloat16)
+    block = chunk if cuda else block_length(vocabulary)
     return function(hidden, weight, softcap, scale, products, chunk, block)
 
 
@@ -424,5 +425,5 @@ def _slice(weight: Tensor, products: torch.dtype) -> Tensor:
     """The block that all slices of the head's weight share."""
     if products == weight.dtype:
         return weight
-    size = min(len(weight), max(1, SLICE_BYTES // (weight.shape[1] * products.itemsize)))
+    size = slice_length(len(weight), weight.shape[1], products.itemsize)
     return weight.new_empty(size, weight.shape[1], dtype=products)

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "orchestrator"
-GROUND = {"allocator", "errors", "lengths", "places", "processor", "quiet"}
+GROUND = {"allocator", "errors", "imports", "lengths", "places", "processor", "quiet"}
 CONFIG = GROUND | {"config", "jobfile", "identity"}
 # room: the rooms it may import
 MAY_IMPORT: dict[str, set[str]] = {
     "allocator": set(),
     "errors": set(),
+    "imports": set(),
     "lengths": set(),
     "places": set(),
     "processor": set(),
@@ -123,3 +124,17 @@ def test_reading_a_job_file_is_light() -> None:
 def test_a_trial_of_a_shared_engine_brings_no_torch() -> None:
     code = "import sys, orchestrator.sweep.trial; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent).returncode == 0
+
+
+def test_training_brings_no_compiler() -> None:
+    code = (
+        "import sys, torch, orchestrator.training.run;"
+        "from bitsandbytes.backends.default import ops;"
+        "assert ops._dequantize_4bit_compute.__module__ == ops.__name__;"
+        "assert torch.compile.__module__ == 'torch';"
+        "sys.exit('torch._inductor.compile_fx' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

@@ -2,7 +2,14 @@
 
 import pytest
 
-from orchestrator.lengths import chunk_length, row_length, row_lengths, segment_length
+from orchestrator.lengths import (
+    block_length,
+    chunk_length,
+    row_length,
+    row_lengths,
+    segment_length,
+    slice_length,
+)
 
 
 @pytest.mark.parametrize("budget", [1, 7, 31, 64, 127, 1000, 1024, 4096, 65536])
@@ -28,6 +35,14 @@ def test_segments_have_few_lengths() -> None:
     assert {segment_length(tokens) for tokens in range(513, 1025)} == set(range(576, 1025, 64))
 
 
-@pytest.mark.parametrize(("fit", "chunk"), [(16, 16), (40, 40), (110, 64), (512, 512), (600, 576)])
+@pytest.mark.parametrize(("fit", "chunk"), [(4, 16), (40, 40), (110, 64), (512, 512), (600, 576)])
 def test_a_chunk_of_the_loss_is_whole_steps(fit: int, chunk: int) -> None:
-    assert chunk_length(fit) == chunk
+    assert chunk_length(300, True, logits_bytes=4 * 300 * fit) == chunk
+    assert chunk_length(300, False, logits_bytes=4 * 300 * fit) == max(16, fit)
+
+
+def test_a_chunk_of_any_vocabulary_holds_some_tokens() -> None:
+    assert chunk_length(10**9, True) == 16
+    assert block_length(10**9) == 8
+    assert slice_length(32000, 10**9, 4) == 1
+    assert slice_length(100, 64, 4) == 100

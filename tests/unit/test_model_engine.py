@@ -226,7 +226,7 @@ def test_chunked_loss_equals_torch(
     softcap: float | None, bias: bool, scale: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Three chunks, each of blocks whose last is short.
-    monkeypatch.setattr("orchestrator.model.loss.SCORES_BYTES", 4 * 300 * 9)
+    monkeypatch.setattr("orchestrator.lengths.SCORES_BYTES", 4 * 300 * 9)
     torch.manual_seed(0)
     hidden = torch.randn(50, 16, requires_grad=True)
     weight, added = torch.randn(300, 16), torch.randn(300) if bias else None

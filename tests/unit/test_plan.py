@@ -13,13 +13,11 @@ from orchestrator import processor
 from orchestrator.config import JobConfig, LoraConfig
 from orchestrator.errors import ModelError, RefusedError
 from orchestrator.jobfile import job_from_mapping
-from orchestrator.model import attention, loss
 from orchestrator.model.adapters import AdapterSet
 from orchestrator.model.base import wrap
 from orchestrator.model.packed import hidden_states
 from orchestrator.plan import describe, parse_bytes, plan_job
 from orchestrator.plan import passes as plan_passes
-from orchestrator.plan import standins as plan_standins
 from orchestrator.plan.heap import MAPPED_BYTES, Heap
 from orchestrator.plan.known import PARAMETERS
 from orchestrator.plan.parts import adapter_parameters, base_bytes
@@ -56,13 +54,6 @@ def test_sizes_are_read(text: str, count: int) -> None:
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(RefusedError, match="48GiB"):
         parse_bytes(text)
-
-
-def test_the_limits_are_the_engines() -> None:
-    assert plan_standins.DENSE_LIMIT == attention.DENSE_LIMIT
-    assert plan_standins.LOGITS_BYTES == loss.LOGITS_BYTES
-    assert plan_standins.SCORES_BYTES == loss.SCORES_BYTES
-    assert plan_standins.SLICE_BYTES == loss.SLICE_BYTES
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
