@@ -6,7 +6,7 @@ steps of SmolLM2-135M took twice the memory and a quarter more time.
 """
 
 # Rows of up to 1024 tokens have 16 lengths, each further doubling has 8.
-_ROW_STEP, _ROW_STEPS = 64, 16
+ROW_STEP, ROW_STEPS = 64, 16
 # Up to that limit a CPU's attention keeps a segment's probabilities for the backward pass: 3 to 5
 # times faster than torch's flash kernel. Longer ones would pay for it in memory. They have 32.
 _SEGMENT_STEP, DENSE_LIMIT = 16, 512
@@ -29,7 +29,7 @@ def row_length(tokens: int, budget: int) -> int:
         tokens: what it holds.
         budget: a row that is no longer is not filled beyond it.
     """
-    step = max(_ROW_STEP, (1 << (tokens - 1).bit_length()) // _ROW_STEPS)
+    step = max(ROW_STEP, (1 << (tokens - 1).bit_length()) // ROW_STEPS)
     length = -(-tokens // step) * step
     return length if tokens > budget else min(length, budget)
 
@@ -45,7 +45,7 @@ def row_lengths(budget: int) -> list[int]:
 
 def segment_length(tokens: int) -> int:
     """The length up to which one segment is filled for its attention's products."""
-    step = _SEGMENT_STEP if tokens <= DENSE_LIMIT else _ROW_STEP
+    step = _SEGMENT_STEP if tokens <= DENSE_LIMIT else ROW_STEP
     return -(-tokens // step) * step
 
 
@@ -54,11 +54,12 @@ def chunk_length(vocabulary: int, filled: bool, logits_bytes: int = LOGITS_BYTES
 
     Args:
         vocabulary: logits of a token.
-        filled: whether a chunk that is longer than a step is made of whole ones.
+        filled: whether a chunk of two steps or more is made of whole ones. A shorter one is not
+            cut: each chunk reads all of the head's weight.
         logits_bytes: what a chunk's logits may take as float32.
     """
     tokens = max(_FEWEST_TOGETHER, logits_bytes // (_FLOAT32 * vocabulary))
-    return tokens - tokens % CHUNK_STEP if filled and tokens > CHUNK_STEP else tokens
+    return tokens - tokens % CHUNK_STEP if filled and tokens >= 2 * CHUNK_STEP else tokens
 
 
 def block_length(vocabulary: int) -> int:

@@ -7,7 +7,7 @@ from functools import cached_property
 from math import ceil, prod
 
 from orchestrator.config import JobConfig
-from orchestrator.lengths import DENSE_LIMIT, row_length
+from orchestrator.lengths import DENSE_LIMIT, ROW_STEP, row_length
 from orchestrator.plan.examples import Examples
 from orchestrator.plan.machine import Machine
 from orchestrator.plan.parts import (
@@ -161,7 +161,8 @@ class Settled:
                 lengths=row,
                 checkpointing=self.checkpointing,
                 rank=largest_rank(job),
-                tenants=min(need.trials, sum(row) // row[0]),
+                # What is shorter than a step may be filling.
+                tenants=min(need.trials, sum(part >= min(row[0], ROW_STEP) for part in row)),
                 dropout=job.lora.dropout,
                 targets=frozenset(layer.name for layer in layers),
                 quantized=job.quantization.type != "none",
@@ -170,7 +171,7 @@ class Settled:
                 cuda=need.machine.cuda,
                 varlen=need.machine.cuda and need.machine.bfloat16,
                 products=self.products,
-                longest_row=self.tokens if job.data.validation else 0,
+                longest_row=self.tokens if job.data.validation and not need.machine.cuda else 0,
                 standing=() if need.machine.cuda else (4 * self.adapter_parameters,) * 2 * trials,
             )
             for row in rows

@@ -148,7 +148,7 @@ def _run(shape: Shape, planned: Pass, depth: int) -> PassBytes:
             loss = planned_loss(
                 picked, head, softcap, _logit_scale(text), _products(planned), planned.cuda
             )
-        at_loss = ledger.peak
+        at_loss, forward = ledger.peak, set(ledger.products.values())
         loss.backward()
     in_loss = ledger.peak_note == "loss"
     holes = 0
@@ -156,8 +156,10 @@ def _run(shape: Shape, planned: Pass, depth: int) -> PassBytes:
         # Only bfloat16 products go through oneDNN here; float32's have no code of their own.
         codes = set(ledger.products.values()) if planned.products == "bfloat16" else set()
         holes = heap_bytes(ledger.events, codes, planned.standing) - ledger.peak
-        others = len(row_lengths(max(tokens, planned.longest_row))) - 1
-        holes += round(others * len(codes) * _COMPILED * CODE_BLOCKS * CODE_BYTES)
+        trained = len(row_lengths(tokens))
+        evaluated = len(row_lengths(max(tokens, planned.longest_row))) - trained
+        compiled = (trained - 1) * len(codes) + evaluated * len(codes & forward)
+        holes += round(compiled * _COMPILED * CODE_BLOCKS * CODE_BYTES)
     return PassBytes(ledger.peak, kept, max(0, at_loss - kept), in_loss, holes)
 
 

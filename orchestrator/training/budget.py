@@ -81,8 +81,10 @@ def check_before_download(job: JobConfig, device: torch.device, world: World, tr
     """
     if Path(job.model.base).expanduser().exists():
         return
+    data = job.data.model_copy(update={"validation": None})
     try:
-        need = _need(job, job.model, _LEAST, _LEAST, device, world, trials)
+        without = job.model_copy(update={"data": data})
+        need = _need(without, job.model, _LEAST, _LEAST, device, world, trials)
         plan = make_plan(need, calibrate=False)
     except UnplannableError:
         # Whoever fetches the model says what is wrong with its name.

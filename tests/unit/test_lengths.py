@@ -35,7 +35,9 @@ def test_segments_have_few_lengths() -> None:
     assert {segment_length(tokens) for tokens in range(513, 1025)} == set(range(576, 1025, 64))
 
 
-@pytest.mark.parametrize(("fit", "chunk"), [(4, 16), (40, 40), (110, 64), (512, 512), (600, 576)])
+@pytest.mark.parametrize(
+    ("fit", "chunk"), [(4, 16), (40, 40), (110, 110), (130, 128), (512, 512), (600, 576)]
+)
 def test_a_chunk_of_the_loss_is_whole_steps(fit: int, chunk: int) -> None:
     assert chunk_length(300, True, logits_bytes=4 * 300 * fit) == chunk
     assert chunk_length(300, False, logits_bytes=4 * 300 * fit) == max(16, fit)

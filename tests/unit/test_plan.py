@@ -163,6 +163,20 @@ def test_checkpointing_tokens_and_rank_change_memory_the_right_way() -> None:
     assert pass_bytes(shape, make_pass(shape, (256, 256), rank=64)).peak > plain.peak
 
 
+def test_rows_of_evaluation_compile_no_backward_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_passes, "heap_bytes", lambda *given: 0)
+    shape = tiny_shape("Llama")
+    # A rank of its own: what is planned here is remembered.
+    changes = {"products": "bfloat16", "dtype": "bfloat16", "rank": 5}
+    two, more = (
+        pass_bytes(shape, make_pass(shape, (128,), longest_row=most, **changes))
+        for most in (0, 1024)
+    )
+    # Rows of 64 and 128 tokens are trained, fourteen longer ones evaluated.
+    trained, evaluated = two.holes + two.peak, (more.holes - two.holes) / 14
+    assert 0.2 * trained < evaluated < 0.6 * trained
+
+
 def test_a_freed_block_serves_no_block_of_its_size() -> None:
     heap = Heap()
     heap.take("a", 1000)
