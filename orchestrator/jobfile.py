@@ -6,6 +6,7 @@ No message repeats what may hold a password: a text with a URI in it, or a text 
 import datetime
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -102,6 +103,8 @@ def dump_job(job: JobConfig) -> str:
     stream = StringIO()
     yaml = YAML()
     yaml.default_flow_style = False
+    # ruamel.yaml (0.19) adds a space where it breaks a quoted text after an escaped character.
+    yaml.width = sys.maxsize
     yaml.dump(_quoted(job.model_dump(mode="json")), stream)
     return stream.getvalue()
 

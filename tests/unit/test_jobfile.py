@@ -5,7 +5,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from orchestrator import config
@@ -278,6 +278,7 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8
 
 @settings(max_examples=60, deadline=None)
 @given(TEXTS, TEXTS, st.floats(1e-30, 1e30), st.dictionaries(TEXTS, TEXTS, max_size=3))
+@example("0", "0", 1.0, {"0" * 20 + "\x1f" * 9 + "\x06": "0\x1f\x1f\x7f0 0"})
 def test_any_job_survives_a_round_trip(
     base: str, train: str, rate: float, columns: dict[str, str]
 ) -> None:
