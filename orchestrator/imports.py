@@ -1,6 +1,5 @@
 """Imports that would bring more than is used of them."""
 
-import sys
 from threading import Lock
 from typing import Any
 
@@ -14,23 +13,16 @@ def import_bitsandbytes() -> Any:
     kernels of their own. CPUs and CUDA have such kernels for all but odd shapes, while the compiler
     took 3 of the 7 seconds of the import and 40 MiB. The four stay as they are written.
     """
-    with _importing:
-        if "bitsandbytes" not in sys.modules:
-            _import_uncompiled()
-        import bitsandbytes
-
-        return bitsandbytes
-
-
-def _import_uncompiled() -> None:
     import torch
 
-    compiler: Any = torch.compile
-    torch.compile = _as_written
-    try:
-        import bitsandbytes  # noqa: F401
-    finally:
-        torch.compile = compiler
+    with _importing:
+        compiler: Any = torch.compile
+        torch.compile = _as_written
+        try:
+            import bitsandbytes
+        finally:
+            torch.compile = compiler
+        return bitsandbytes
 
 
 def _as_written(model: Any = None, **options: Any) -> Any:

@@ -6,7 +6,7 @@ steps of SmolLM2-135M took twice the memory and a quarter more time.
 """
 
 # Rows of up to 1024 tokens have 16 lengths, each further doubling has 8.
-ROW_STEP, ROW_STEPS = 64, 16
+ROW_STEP, _ROW_STEPS = 64, 16
 # Up to that limit a CPU's attention keeps a segment's probabilities for the backward pass: 3 to 5
 # times faster than torch's flash kernel. Longer ones would pay for it in memory. They have 32.
 _SEGMENT_STEP, DENSE_LIMIT = 16, 512
@@ -29,7 +29,7 @@ def row_length(tokens: int, budget: int) -> int:
         tokens: what it holds.
         budget: a row that is no longer is not filled beyond it.
     """
-    step = max(ROW_STEP, (1 << (tokens - 1).bit_length()) // ROW_STEPS)
+    step = max(ROW_STEP, (1 << (tokens - 1).bit_length()) // _ROW_STEPS)
     length = -(-tokens // step) * step
     return length if tokens > budget else min(length, budget)
 

@@ -81,10 +81,11 @@ def check_before_download(job: JobConfig, device: torch.device, world: World, tr
     """
     if Path(job.model.base).expanduser().exists():
         return
+    # Rows of evaluation are data too.
     data = job.data.model_copy(update={"validation": None})
+    no_data = job.model_copy(update={"data": data})
     try:
-        without = job.model_copy(update={"data": data})
-        need = _need(without, job.model, _LEAST, _LEAST, device, world, trials)
+        need = _need(no_data, job.model, _LEAST, _LEAST, device, world, trials)
         plan = make_plan(need, calibrate=False)
     except UnplannableError:
         # Whoever fetches the model says what is wrong with its name.

@@ -107,6 +107,13 @@ def test_the_check_finds_violations(room: str, source: str, found: str) -> None:
     assert violations(room, source) == [found]
 
 
+def check_in_a_new_process(code: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_reading_a_job_file_is_light() -> None:
     code = (
         "import sys; from orchestrator.jobfile import load_job; import orchestrator.cli;"
@@ -115,15 +122,11 @@ def test_reading_a_job_file_is_light() -> None:
         "'pyarrow', 'numpy'} & set(sys.modules);"
         "sys.exit(f'{heavy} imported' if heavy else 0)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    check_in_a_new_process(code)
 
 
 def test_a_trial_of_a_shared_engine_brings_no_torch() -> None:
-    code = "import sys, orchestrator.sweep.trial; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent).returncode == 0
+    check_in_a_new_process("import sys, orchestrator.sweep.trial; sys.exit('torch' in sys.modules)")
 
 
 def test_training_brings_no_compiler() -> None:
@@ -135,7 +138,4 @@ def test_training_brings_no_compiler() -> None:
         "assert torch.compile.__module__ == 'torch';"
         "assert 'torch._inductor.compile_fx' not in sys.modules"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    check_in_a_new_process(code)
