@@ -4,15 +4,16 @@ An entry is a folder in the Hugging Face layout named by its content address. It
 beside and renamed under a lock, so that several processes at once make it once.
 """
 
+import errno
 import gc
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any, Protocol
 
 import torch
@@ -27,6 +28,9 @@ from orchestrator.model.source import ModelSource, settings_key
 from orchestrator.model.support import check_architecture
 
 _LOCK_SECONDS = 4 * 3600
+_ATTEMPTS = 10
+# What a rename says where a folder with files is: Linux the first, some network disks the second.
+_TAKEN = (errno.ENOTEMPTY, errno.EEXIST)
 _CPU = torch.device("cpu")
 
 
@@ -177,23 +181,39 @@ def _build(
 
 @contextmanager
 def _beside(entry: Path) -> Iterator[Path]:
-    """A folder that takes the entry's place once it is whole; a damaged entry makes room.
-
-    One that another machine has made meanwhile stays: it is the same.
-    """
-    if not _complete(entry):
-        shutil.rmtree(entry, ignore_errors=True)
+    """A folder that takes the entry's place once it is whole."""
     entry.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(mkdtemp(prefix=f".{entry.name}-", dir=entry.parent))
     try:
         yield folder
-        try:
-            folder.replace(entry)
-        except OSError:
-            if not _complete(entry):
-                raise
+        _put_in_place(folder, entry)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _put_in_place(folder: Path, entry: Path) -> None:
+    """Rename a whole folder to its entry; a damaged entry makes room.
+
+    Machines that share the store have no lock, so nothing is deleted in its place: it could be
+    what another one has put there since it was looked at. A whole one that is there stays.
+    """
+    for _ in range(_ATTEMPTS):
+        try:
+            folder.replace(entry)
+            return
+        except OSError as error:
+            if error.errno not in _TAKEN:
+                raise
+        if _complete(entry):
+            return
+        with (
+            TemporaryDirectory(
+                prefix=f".{entry.name}-", dir=entry.parent, ignore_cleanup_errors=True
+            ) as aside,
+            suppress(FileNotFoundError),  # another machine has moved it first
+        ):
+            entry.replace(aside)
+    raise OSError(errno.ENOTEMPTY, "it is damaged, and others put it back", str(entry))
 
 
 def _quantize(

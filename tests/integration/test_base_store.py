@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -42,24 +43,39 @@ def test_many_processes_quantize_once(chat_model: Path, tmp_path: Path) -> None:
     assert sum(said for _, said in answers) == 1
 
 
+@pytest.mark.parametrize("damaged", [False, True])
 def test_machines_that_share_one_base_at_once_share_a_whole_one(
-    chat_model: Path, tmp_path: Path
+    chat_model: Path, tmp_path: Path, damaged: bool
 ) -> None:
     entry = _ensure(chat_model, tmp_path)
-    together, shared = threading.Barrier(8), store.SharedFolder(tmp_path / "shared")
+    whole = {path.name: path.read_bytes() for path in entry.iterdir()}
+    together = threading.Barrier(8)
 
-    def put(_: int) -> None:
+    def put(shared: store.SharedFolder) -> None:
         together.wait(timeout=60)
         shared.put(entry)
 
     with ThreadPoolExecutor(8) as machines:
-        list(machines.map(put, range(8)))
-    assert [path.name for path in (tmp_path / "shared").iterdir()] == [entry.name]
+        # Often, for one that looks while another one renames is rare.
+        for turn in range(60):
+            folder = tmp_path / f"shared-{turn}"
+            if damaged:
+                shutil.copytree(entry, folder / entry.name)
+                (folder / entry.name / "config.json").unlink()
+            list(machines.map(put, [store.SharedFolder(folder)] * 8))
+            assert [path.name for path in folder.iterdir()] == [entry.name]
+            shared = {path.name: path.read_bytes() for path in (folder / entry.name).iterdir()}
+            assert shared == whole
+            shutil.rmtree(folder)
+
+
+def test_a_shared_base_is_fetched_whole(chat_model: Path, tmp_path: Path) -> None:
+    entry, shared = _ensure(chat_model, tmp_path), store.SharedFolder(tmp_path / "shared")
+    shared.put(entry)
     another = tmp_path / "another" / entry.name
-    another.parent.mkdir()
     shared.fetch(another)
-    assert {p.name: p.read_bytes() for p in another.iterdir()} == {
-        p.name: p.read_bytes() for p in entry.iterdir()
+    assert {path.name: path.read_bytes() for path in another.iterdir()} == {
+        path.name: path.read_bytes() for path in entry.iterdir()
     }
 
 
@@ -75,8 +91,6 @@ def test_entries_differ_by_what_they_hold(chat_model: Path, tmp_path: Path) -> N
 
 
 def test_the_sixteen_bit_weights_are_not_needed_again(chat_model: Path, tmp_path: Path) -> None:
-    import shutil
-
     model = tmp_path / "model"
     shutil.copytree(chat_model, model)
     entry = _ensure(model, tmp_path)
@@ -115,8 +129,6 @@ def test_pickles_are_refused(tmp_path: Path, chat_model: Path) -> None:
 
 
 def test_code_of_a_model_does_not_run_unasked(tmp_path: Path, chat_model: Path) -> None:
-    import shutil
-
     folder, mark = tmp_path / "custom", tmp_path / "ran"
     shutil.copytree(chat_model, folder)
     config = json.loads((folder / "config.json").read_text())
