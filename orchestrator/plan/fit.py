@@ -41,8 +41,9 @@ SHORT = 128
 class Need:
     """A job on a device.
 
-    longest: tokens of its longest example. short: of one of its short ones. most: tokens of all
-    that a worker passes in a step, where known. examples: what is trained on, where known.
+    trials: adapters at a time on this device. longest: tokens of its longest example. short: of one
+    of its short ones. most: tokens of all that a worker passes in a step, where known. examples:
+    what is trained on, where known. apart: whether each device trains trials of its own.
     """
 
     shape: Shape
@@ -53,6 +54,7 @@ class Need:
     most: int | None = None
     short: int = SHORT
     examples: Examples | None = None
+    apart: bool = False
 
     @property
     def steps(self) -> int | None:
@@ -100,7 +102,7 @@ class Settled:
     @property
     def collective(self) -> int:
         """The flat float32 copy of all gradients that workers sum (collective.py)."""
-        if self.need.machine.gpus == 1:
+        if self.need.machine.gpus == 1 or self.need.apart:
             return 0
         return 4 * self.need.trials * self.adapter_parameters
 
@@ -227,7 +229,7 @@ def most_tenants(need: Need, wanted: int = MOST_TRIALS) -> int:
     return _largest(most, lambda n: _fits(Settled(replace(need, trials=n), tokens, recomputed)))
 
 
-def trials_at_once(job: JobConfig, cuda: bool) -> int:
+def trials_at_once(job: JobConfig, cuda: bool, workers: int = 1) -> int:
     """Adapters that train at a time: one, or as many as the job's sweep wants at most."""
     sweep = job.sweep
     if sweep is None:
@@ -235,7 +237,22 @@ def trials_at_once(job: JobConfig, cuda: bool) -> int:
     if sweep.concurrent != "auto":
         return min(sweep.concurrent, sweep.trials)
     # A population evolves together: whoever is not at work cannot be learnt from.
-    return sweep.trials if sweep.scheduler == "pbt" else min(MOST_AT_ONCE[cuda], sweep.trials)
+    most = sweep.trials if sweep.scheduler == "pbt" else max(MOST_AT_ONCE[cuda], workers)
+    return min(most, sweep.trials)
+
+
+def train_apart(trials: int, workers: int) -> bool:
+    """Whether each worker trains trials of its own: where there is one for each.
+
+    They wait for no other then, and passes are as long as a trial's batch lets them be. With fewer
+    trials each is trained by all workers.
+    """
+    return 1 < workers <= trials
+
+
+def trials_each(trials: int, workers: int) -> int:
+    """Trials at a time on each of so many workers, of so many on all."""
+    return ceil(trials / workers) if train_apart(trials, workers) else trials
 
 
 def sharing(job: JobConfig) -> int:

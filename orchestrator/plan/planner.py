@@ -18,7 +18,9 @@ from orchestrator.plan.fit import (
     settle,
     sharing,
     together,
+    train_apart,
     trials_at_once,
+    trials_each,
 )
 from orchestrator.plan.machine import Gpu, look_at_gpu, machine
 from orchestrator.plan.parts import WIDTH
@@ -101,7 +103,9 @@ def plan_job(
         examples=count_examples(job.data, job.model),
     )
     if trials is None:
-        need = replace(need, trials=_trials(need))
+        wanted = trials_at_once(job, device.cuda, device.gpus)
+        need = replace(need, apart=train_apart(wanted, device.gpus))
+        need = replace(need, trials=_trials(need, trials_each(wanted, device.gpus)))
     plan = make_plan(need, calibrate)
     settled = Settled(need, plan.tokens_per_pass, plan.details["gradient_checkpointing"])
     # A run that begins need not wait for what it does not do.
@@ -112,8 +116,8 @@ def plan_job(
     return replace(plan, details={**plan.details, **both})
 
 
-def trials_that_fit(job: JobConfig, cuda: bool, gpu: Gpu | None = None) -> int:
-    """How many adapters at once fit the device at hand, of those that are wanted at a time.
+def trials_that_fit(job: JobConfig, cuda: bool, gpu: Gpu | None = None, workers: int = 1) -> int:
+    """How many adapters at once fit the devices at hand, of those that are wanted at a time.
 
     As many as are wanted where the device is not to be known.
 
@@ -121,12 +125,38 @@ def trials_that_fit(job: JobConfig, cuda: bool, gpu: Gpu | None = None) -> int:
         job: the sweep's job.
         cuda: whether it trains on GPUs; this machine may be one without.
         gpu: what a worker's machine has, by `describe_gpu`; None looks at this machine's.
+        workers: how many train, each on a device.
     """
-    need, wanted = _need_here(job, cuda, gpu), min(trials_at_once(job, cuda), MOST_TRIALS)
+    wanted = trials_at_once(job, cuda, workers)
+    apart, each = train_apart(wanted, workers), min(trials_each(wanted, workers), MOST_TRIALS)
+    need = _need_here(job, cuda, gpu, apart)
     try:
-        return wanted if need is None else most_tenants(need, wanted)
+        fit = each if need is None else most_tenants(need, each)
     except UnplannableError:
-        return wanted
+        fit = each
+    return min(wanted, fit * workers if apart else fit)
+
+
+def workers_that_fit(job: JobConfig, most: int) -> int:
+    """How many processes that train a trial each this machine's CPUs have the memory for.
+
+    Args:
+        job: the sweep's job.
+        most: how many there may be.
+    """
+    need = _need_here(job, False, None)
+    for workers in range(most, 1, -1):
+        share = machine(None, 1, False, together=workers)
+        if need is None or _holds(replace(need, machine=share)):
+            return workers
+    return 1
+
+
+def _holds(need: Need) -> bool:
+    try:
+        return settle(need).total <= need.machine.memory
+    except UnplannableError:
+        return True
 
 
 def unfit_trial(job: JobConfig, cuda: bool, gpu: Gpu | None = None) -> Plan | None:
@@ -145,7 +175,7 @@ def unfit_trial(job: JobConfig, cuda: bool, gpu: Gpu | None = None) -> Plan | No
     return make_plan(need, calibrate=False)
 
 
-def _need_here(job: JobConfig, cuda: bool, gpu: Gpu | None) -> Need | None:
+def _need_here(job: JobConfig, cuda: bool, gpu: Gpu | None, apart: bool = False) -> Need | None:
     if cuda and gpu is None:
         gpu = look_at_gpu()
         if gpu is None:
@@ -154,13 +184,14 @@ def _need_here(job: JobConfig, cuda: bool, gpu: Gpu | None) -> Need | None:
         shape = read_shape(job.model)
     except UnplannableError:
         return None
-    device = machine(None, most_workers(job), cuda, sharing(job), together(job), gpu)
+    workers = 1 if apart else most_workers(job)
+    device = machine(None, workers, cuda, sharing(job), together(job), gpu)
     return Need(shape, device, job, 1, job.data.max_length)
 
 
-def _trials(need: Need) -> int:
-    """Adapters at a time: a sweep that leaves it open takes as many as fit."""
-    sweep, wanted = need.job.sweep, trials_at_once(need.job, need.machine.cuda)
+def _trials(need: Need, wanted: int) -> int:
+    """Adapters at a time on a device: a sweep that leaves it open takes as many as fit."""
+    sweep = need.job.sweep
     if sweep is None or sweep.concurrent != "auto":
         return wanted
     return max(1, most_tenants(need, wanted))

@@ -14,6 +14,7 @@ from orchestrator.cluster.session import Session, check_kept, session
 from orchestrator.config import JobConfig
 from orchestrator.errors import InterruptedRunError, OrchestratorError, last_line
 from orchestrator.plan import Gpu, refusal, unfit_trial
+from orchestrator.plan.fit import train_apart
 from orchestrator.sweep import places, space
 from orchestrator.sweep.background import Background
 from orchestrator.sweep.fitting import leave_out
@@ -33,13 +34,17 @@ _HASTE_SECONDS = 3.0
 
 @dataclass(frozen=True)
 class _Sweep:
-    """What every part of a sweep's driver needs."""
+    """What every part of a sweep's driver needs.
+
+    places: trials at a time. apart: whether each worker trains some of them by itself.
+    """
 
     job: JobConfig
     run_dir: Path
     here: Session
     plan: WorkerPlan
     places: int
+    apart: bool
     say: Callable[[str], None]
 
     @property
@@ -83,18 +88,24 @@ def run(job: JobConfig, run_dir: Path, say: Callable[[str], None]) -> dict[str, 
     with session(job.cluster.address, say) as here:
         check_kept(run_dir)
         if space.is_shared(job):
-            plan = plan_workers(job.cluster, here.nodes, here.most, here.own)
+            cluster = places.with_workers(job, here).cluster
+            plan = plan_workers(cluster, here.nodes, here.most, here.own)
             on_gpu, gpu = plan.gpus > 0, look_at_gpu(plan, run_dir) if plan.gpus else None
             job = leave_out(job, partial(_reason, on_gpu, gpu), say)
-            count = places.shared(job, on_gpu, gpu)
+            count = places.shared(job, plan, gpu)
+            apart = train_apart(count, plan.least)
             _tell_places(run_dir, count)
-            sweep = _Sweep(job, run_dir, here, plan, count, say)
-            say(f"{sweep.places} trials at a time share one base on {plan.least} worker(s)")
-            return _shared(sweep)
+            if apart:
+                say(
+                    f"{count} trials at a time on {plan.least} workers, each with a base of its own"
+                )
+            else:
+                say(f"{count} trials at a time share one base on {plan.least} worker(s)")
+            return _shared(_Sweep(job, run_dir, here, plan, count, apart, say))
         plan, count = places.isolated(job, here)
         _tell_places(run_dir, count)
         say(f"{count} trials at a time, each over a base of its own on {plan.least} worker(s)")
-        return _isolated(_Sweep(job, run_dir, here, plan, count, say))
+        return _isolated(_Sweep(job, run_dir, here, plan, count, False, say))
 
 
 def _reason(on_gpu: bool, gpu: Gpu | None, job: JobConfig) -> str | None:
@@ -150,7 +161,16 @@ def _isolated(sweep: _Sweep) -> dict[str, Any]:
 
 def _engine(sweep: _Sweep, job: JobConfig, folder: Path) -> RunningEngine:
     output_dir = sweep.run_dir.parent
-    return RunningEngine(job, folder, sweep.plan, sweep.here, sweep.say, sweep.places, output_dir)
+    return RunningEngine(
+        job,
+        folder,
+        sweep.plan,
+        sweep.here,
+        sweep.say,
+        sweep.places,
+        sweep.apart,
+        output_dir,
+    )
 
 
 def _tune(sweep: _Sweep, desk: Any) -> Background:

@@ -1,18 +1,21 @@
 """What runs on each worker of the Ray Train run whose tenants the trials are."""
 
 import json
-import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 import ray
 
 from orchestrator.cluster.worker import as_worker
-from orchestrator.errors import OrchestratorError, RefusedError
+from orchestrator.errors import InterruptedRunError, OrchestratorError, RefusedError
 from orchestrator.places import write_whole
 from orchestrator.training.membership import Wishes
 
-_PAUSE_SECONDS = 0.02
+# An engine without work looks that often whether it shall end.
+_PAUSE_SECONDS = 0.5
 _ANSWER_SECONDS = 60
 # What a sweep's trials have in common: base and data.
 _GROUND = ".ground.json"
@@ -29,15 +32,17 @@ def _serve(config: dict[str, Any], device: Any, world: Any, observer: Any) -> di
     from orchestrator.training.host import Host
     from orchestrator.training.run import open_ground
 
-    shared, trials = config["shared"], config["trials"]
-    ground = open_ground(
-        config["job"], cache_dir(), device, world, observer, shared=shared, trials=trials
-    )
+    shared, apart = config["shared"], config["apart"] and world.size > 1
+    engine, engines = (world.rank, world.size) if apart else (0, 1)
+    places = ceil(config["trials"] / engines)
+    ground = open_ground(config["job"], cache_dir(), device, world, observer, shared, places, apart)
     with world.together():
         if config["job"].sweep is not None:
             _check_ground(ground.identity, config["job"].run_dir, world.leads)
     entry, dtype = ground.entry, ground.engine.base.dtype
-    best = Host(ground, DeskMembership(config["desk"]), observer, trials).run()
+    membership = DeskMembership(config["desk"], engine, engines, places)
+    with membership.all_hear():
+        best = Host(ground, membership, observer, places).run()
     results = {"workers": world.size, "peak_memory_bytes": memory.peak_bytes(device)}
     if best is None or not world.leads:
         return results
@@ -75,21 +80,37 @@ def _check_ground(identity: dict[str, str], run_dir: Path, leads: bool) -> None:
 class DeskMembership:
     """The host's membership, as the desk has it."""
 
-    def __init__(self, desk: Any) -> None:
+    def __init__(self, desk: Any, engine: int, engines: int, places: int) -> None:
+        """Of one of several engines, each with so many places."""
         self._desk = desk
+        self._engine, self._engines, self._places = engine, engines, places
+        self._version = 0
 
-    def wishes(self) -> Wishes:
+    def wishes(self, holds: Collection[str]) -> Wishes:
         """What is wanted now."""
-        found: Wishes = _answer(self._desk.wishes.remote())
+        asked = (self._engine, self._engines, self._places, tuple(holds))
+        found: Wishes = _answer(self._desk.wishes.remote(*asked))
+        self._version = found.version
+        if found.error is not None:
+            raise found.error
         return found
+
+    @contextmanager
+    def all_hear(self) -> Iterator[None]:
+        """Let an error of one engine end them all, for the command hears the first one's."""
+        try:
+            yield
+        except InterruptedRunError:
+            # Each of them hears of it by itself, and saves what it has.
+            raise
+        except OrchestratorError as error:
+            with suppress(OrchestratorError, ray.exceptions.RayError):
+                _answer(self._desk.broken.remote(error))
+            raise
 
     def report(self, name: str, results: list[dict[str, Any]]) -> None:
         """All that a member's evaluations said so far."""
         _answer(self._desk.report.remote(name, results))
-
-    def left(self, name: str) -> None:
-        """A member that was to leave is gone."""
-        _answer(self._desk.left.remote(name))
 
     def failed(self, name: str, error: str) -> None:
         """A member cannot go on; the others do."""
@@ -103,8 +124,8 @@ class DeskMembership:
         return Shown(folder, f"{folder.parent.parent.name}/{folder.name}")
 
     def pause(self) -> None:
-        """Let the trials speak."""
-        time.sleep(_PAUSE_SECONDS)
+        """Until something else is wanted, or a moment."""
+        _answer(self._desk.changed.remote(self._version, _PAUSE_SECONDS))
 
 
 def _answer(call: Any) -> Any:

@@ -1,4 +1,4 @@
-"""An engine at work: its Ray Train run in the background, and the desk where trials meet it."""
+"""Engines at work: their Ray Train run in the background, and the desk where trials meet them."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,7 +23,7 @@ _HURRIED_SECONDS = 3.0
 
 
 class RunningEngine:
-    """One engine with the places of `places` trials. A context manager: none is left behind."""
+    """A Ray Train run for trials. A context manager: none of its processes is left behind."""
 
     def __init__(
         self,
@@ -33,6 +33,7 @@ class RunningEngine:
         here: Session,
         say: Callable[[str], None],
         places: int,
+        apart: bool,
         output_dir: Path,
     ) -> None:
         """Start it.
@@ -44,11 +45,17 @@ class RunningEngine:
             here: the session.
             say: is told what the user should know.
             places: trials at a time.
+            apart: whether each worker is an engine of its own with its part of the trials.
             output_dir: the sweep's; machines share quantized bases in it.
         """
         self.desk = open_desk(places)
         ray.get(self.desk.ready.remote(), timeout=_ANSWER_SECONDS)
-        more = {"desk": self.desk, "trials": places, "output_dir": str(output_dir)}
+        more = {
+            "desk": self.desk,
+            "trials": places,
+            "apart": apart,
+            "output_dir": str(output_dir),
+        }
         self._run = Background(
             lambda: run_workers(job, folder, plan, here, say, serve, more),
             lambda: ray.get(self.desk.engine_ended.remote(), timeout=_ANSWER_SECONDS),

@@ -159,7 +159,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]
             (folder / "running").touch()
             plan, here = self._context.plan, self._context.here
             output_dir = self._context.trials_dir.parent.parent
-            self._engine = RunningEngine(self._job, folder, plan, here, print, 1, output_dir)
+            self._engine = RunningEngine(self._job, folder, plan, here, print, 1, False, output_dir)
         return self._engine.desk
 
     def _ended(self) -> str | None:

@@ -51,6 +51,10 @@ class World:
         self.ask: Callable[[], Sequence[bool]] = tuple
         self._answers: list[bool] = []
 
+    def alone(self) -> "World":
+        """This process as one that works without the others, beside them on its device."""
+        return World(beside=self.beside)
+
     @property
     def leads(self) -> bool:
         """Whether this process writes journal, checkpoints and adapter."""

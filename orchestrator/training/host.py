@@ -80,7 +80,7 @@ class Host:
     def _run(self) -> Path | None:
         while True:
             wishes: Wishes = self._world.from_leader(
-                self._membership.wishes() if self._world.leads else None
+                self._membership.wishes(list(self._courses)) if self._world.leads else None
             )
             self._let_go(wishes)
             self._let_in(wishes)
@@ -115,9 +115,6 @@ class Host:
                 self._drop(name, None)
             else:
                 self._members[name] = wanted
-        if self._world.leads:
-            for name in wishes.ended:
-                self._membership.left(name)
 
     def _let_in(self, wishes: Wishes) -> None:
         for name, member in wishes.members.items():

@@ -1,11 +1,12 @@
 """Who trains over a base: the words between a host and those who want adapters trained."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from orchestrator.config import JobConfig
+from orchestrator.errors import OrchestratorError
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class Wishes:
     """What is wanted now.
 
     ended: how members end, by name. unheard: members of whose evaluations nothing is known, since
-    who asks has forgotten it. closed: no more come. best: the folder of the best of all.
+    who asks has forgotten it. closed: no more come. best: the folder of the best of all. version:
+    another one whenever anything changes. error: why none goes on any more.
     """
 
     members: Mapping[str, Member]
@@ -46,19 +48,18 @@ class Wishes:
     unheard: tuple[str, ...] = ()
     closed: bool = False
     best: Path | None = None
+    version: int = 0
+    error: OrchestratorError | None = None
 
 
 class Membership(Protocol):
     """Who joins and who leaves; only the leader asks and reports."""
 
-    def wishes(self) -> Wishes:
-        """What is wanted now."""
+    def wishes(self, holds: Collection[str]) -> Wishes:
+        """What is wanted now, of a host that has these members."""
 
     def report(self, name: str, results: list[dict[str, Any]]) -> None:
         """All that a member's evaluations said so far."""
-
-    def left(self, name: str) -> None:
-        """A member that was to leave is gone."""
 
     def failed(self, name: str, error: str) -> None:
         """A member cannot go on; the others do."""
@@ -67,4 +68,4 @@ class Membership(Protocol):
         """An observer of one member's events, to be closed when it leaves."""
 
     def pause(self) -> None:
-        """Nobody has anything to train: wait a little."""
+        """Nobody has anything to train: wait a little, or for another wish."""

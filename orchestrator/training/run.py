@@ -104,6 +104,7 @@ def open_ground(
     observer: Observer,
     shared: store.SharedBases | None = None,
     trials: int = 1,
+    apart: bool = False,
 ) -> Ground:
     """Prepare the data, plan the memory and load the base, on every worker or on none.
 
@@ -115,10 +116,12 @@ def open_ground(
         observer: hears what the user should know.
         shared: where other machines find what one has quantized; None: there are no others.
         trials: adapters that train at once over the base.
+        apart: whether each worker trains adapters of its own, in place of its share of all.
 
     Raises:
         RefusedError: the model, the data or the settings cannot be trained, or do not fit.
     """
+    team = world.alone() if apart else world
 
     def say(message: str) -> None:
         observer.emit("warning", message=message)
@@ -127,7 +130,7 @@ def open_ground(
     with world.together():
         dtype = devices.compute_dtype(job.quantization.compute_dtype, device)
         optimizers.resolve(job.training.optimizer, device)
-        budget.check_before_download(job, device, world, trials)
+        budget.check_before_download(job, device, team, trials)
         origin = source.locate(job.model, cache_dir)
         bases_dir = cache_dir / "bases"
         tokenizer = store.tokenizer(origin, job.quantization, dtype, bases_dir)
@@ -144,7 +147,7 @@ def open_ground(
     with world.together():
         model = _config_at(job.model, described)
         lengths = data.train.lengths
-        chosen = budget.decide(job, model, lengths, device, world, trials, observer)
+        chosen = budget.decide(job, model, lengths, device, team, trials, observer)
     chosen = budget.agree(chosen, world)
     memory.return_freed_memory()
     # Quantized once: by the leader, whose machine's other workers find it in their store; other
@@ -161,7 +164,7 @@ def open_ground(
         _check_lengths(data, base)
     budget.apply(chosen, base.model)
     engine = Engine(
-        base, AdapterSet(base.model), world, chosen.tokens, partial(_tell_shortened, observer)
+        base, AdapterSet(base.model), team, chosen.tokens, partial(_tell_shortened, observer)
     )
     return Ground(entry, data, tokenizer, engine)
 

@@ -2,7 +2,7 @@
 
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -71,7 +71,7 @@ class Club:
         del self.members[name]
         self.ended[name] = status
 
-    def wishes(self) -> Wishes:
+    def wishes(self, holds: Collection[str]) -> Wishes:
         for name, reports in self.reports.items():
             if reports and name in self.members:
                 self.members[name] = replace(self.members[name], after=reports[-1]["step"])
@@ -82,9 +82,6 @@ class Club:
 
     def report(self, name: str, results: list[dict[str, Any]]) -> None:
         self.reports[name] = results
-
-    def left(self, name: str) -> None:
-        self.ended.pop(name, None)
 
     def failed(self, name: str, error: str) -> None:
         self.failures[name] = error

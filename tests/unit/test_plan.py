@@ -272,6 +272,16 @@ def test_the_sum_over_workers_needs_a_copy_of_the_gradients() -> None:
     assert plan.details["collective_bytes"] == plan.per_gpu_bytes["gradients"]
 
 
+def test_trials_that_workers_train_apart_are_never_summed() -> None:
+    job = make_job("HuggingFaceTB/SmolLM2-135M", sweep={"trials": 32})
+    plan = plan_job(job, 8 * GIB, 8)
+    assert (plan.details["trials"], plan.details["collective_bytes"]) == (2, 0)
+    few = make_job("HuggingFaceTB/SmolLM2-135M", sweep={"trials": 32, "concurrent": 3})
+    plan = plan_job(few, 8 * GIB, 8)
+    assert plan.details["trials"] == 3
+    assert plan.details["collective_bytes"] == plan.per_gpu_bytes["gradients"] > 0
+
+
 def test_an_unknown_hub_id_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(RefusedError, match=r"model.base: .*no/such-model.*local folder"):

@@ -9,9 +9,21 @@ from typing import Any
 import pytest
 import torch
 
-from orchestrator.plan import Gpu, describe_gpu, trials_that_fit, unfit_trial
+from orchestrator.plan import (
+    Gpu,
+    describe_gpu,
+    trials_that_fit,
+    unfit_trial,
+    workers_that_fit,
+)
 from orchestrator.plan import machine as machines
-from orchestrator.plan.fit import sharing, together, trials_at_once
+from orchestrator.plan.fit import (
+    sharing,
+    together,
+    train_apart,
+    trials_at_once,
+    trials_each,
+)
 from orchestrator.plan.machine import CUDA_CONTEXT, machine
 from tests.unit.test_plan import GIB, make_job
 
@@ -80,6 +92,35 @@ def test_trials_are_counted_for_the_gpu_of_a_workers_machine() -> None:
     assert trials_that_fit(job, True) == trials_at_once(job, True) == 16
     small = Gpu(free=16 * GIB, total=16 * GIB, bfloat16=True)
     assert 0 < trials_that_fit(job, True, small) < trials_that_fit(job, True, A100) <= 16
+
+
+def test_workers_that_train_apart_are_counted_each() -> None:
+    job = make_job(BASE, lora={"rank": 64}, sweep={"trials": 64})
+    small = Gpu(free=16 * GIB, total=16 * GIB, bfloat16=True)
+    alone = trials_that_fit(job, True, small)
+    assert 1 < alone < 16
+    # With 16 or more workers each has a trial, with fewer 16 trials are shared out.
+    assert [trials_that_fit(job, True, A100, workers) for workers in (1, 4, 16, 32)] == [
+        *(16, 16, 16, 32)
+    ]
+    assert trials_that_fit(job, True, small, 2) == min(16, 2 * alone)
+    few = make_job(BASE, lora={"rank": 64}, sweep={"trials": 3})
+    # All workers train each of them.
+    assert trials_that_fit(few, True, A100, 8) == 3 and not train_apart(3, 8)
+    assert [trials_each(16, workers) for workers in (1, 3, 8, 16, 32)] == [16, 6, 2, 1, 16]
+
+
+def test_a_worker_for_each_trial_needs_its_part_of_the_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    job = make_job("HuggingFaceTB/SmolLM2-135M", sweep={"trials": 8}, training=SET)
+    free = 64 * GIB
+    monkeypatch.setattr(machines, "free_bytes", lambda sharing=1: free // sharing)
+    assert workers_that_fit(job, 4) == 4
+    free = 1 * GIB
+    assert 1 <= workers_that_fit(job, 4) < 4
+    free = 0
+    assert workers_that_fit(job, 4) == 1
 
 
 def test_a_trial_is_refused_by_the_gpu_of_a_workers_machine() -> None:

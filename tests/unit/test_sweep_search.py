@@ -125,6 +125,26 @@ def test_a_trial_that_tune_has_is_not_proposed_again(monkeypatch: pytest.MonkeyP
     assert found.next_trial().trial_id == "c"
 
 
+def test_our_own_cpus_have_a_worker_for_each_trial_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(places, "workers_that_fit", lambda job, most: most)
+    job = _job({RATE: {"loguniform": [1e-4, 1e-3]}}, trials=8)
+
+    def workers(job: JobConfig, own: bool, cpus: float, gpus: float = 0) -> Any:
+        here = Session(own, (Resources(cpus, gpus),), None)
+        return places.with_workers(job, here).cluster.workers
+
+    assert [workers(job, True, cpus) for cpus in (1, 2, 8)] == [1, 2, 2]
+    assert workers(_job({RATE: {"choice": [1e-3]}}, concurrent=5), True, 8) == 5
+    # A cluster's CPUs are others' too, and GPUs are all used anyway.
+    assert workers(job, False, 8) == workers(job, True, 8, 1) == "auto"
+    on_cpus = job.cluster.model_copy(update={"gpus_per_worker": 0})
+    assert workers(job.model_copy(update={"cluster": on_cpus}), True, 8, 1) == 2
+    told = job.cluster.model_copy(update={"workers": 1})
+    assert workers(job.model_copy(update={"cluster": told}), True, 8) == 1
+
+
 def test_isolated_trials_wait_for_what_an_autoscaler_adds() -> None:
     space = {"data.max_length": {"choice": [256, 512]}}
     there = Session(False, (Resources(0, 0),), (Resources(80, 10),))
