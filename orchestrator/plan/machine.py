@@ -37,7 +37,10 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Machine:
-    """A device: its memory in bytes, what the framework takes of it, and how many there are."""
+    """A device: its memory in bytes, what the framework takes of it, and how many there are.
+
+    together: processes of a run that share it, of which each has so much memory.
+    """
 
     cuda: bool
     memory: int
@@ -45,6 +48,7 @@ class Machine:
     gpus: int
     bfloat16: bool
     at_hand: bool
+    together: int = 1
 
     @property
     def round_up(self) -> int:
@@ -132,4 +136,4 @@ def _this_cpu(count: int, sharing: int) -> Machine:
 
     resident = psutil.Process().memory_info().rss
     memory = free_bytes(sharing) + resident
-    return Machine(False, memory, resident + CPU_RUNTIME, count, has_bfloat16(), True)
+    return Machine(False, memory, resident + CPU_RUNTIME, count, has_bfloat16(), True, sharing)

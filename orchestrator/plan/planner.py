@@ -1,5 +1,6 @@
 """`plan_job`: a job's bytes on one device, whether they fit, and what would make them fit."""
 
+import os
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -103,9 +104,7 @@ def plan_job(
         examples=count_examples(job.data, job.model),
     )
     if trials is None:
-        wanted = trials_at_once(job, device.cuda, device.gpus)
-        need = replace(need, apart=train_apart(wanted, device.gpus))
-        need = replace(need, trials=_trials(need, trials_each(wanted, device.gpus)))
+        need = _with_trials(need)
     plan = make_plan(need, calibrate)
     settled = Settled(need, plan.tokens_per_pass, plan.details["gradient_checkpointing"])
     # A run that begins need not wait for what it does not do.
@@ -145,18 +144,20 @@ def workers_that_fit(job: JobConfig, most: int) -> int:
         most: how many there may be.
     """
     need = _need_here(job, False, None)
-    for workers in range(most, 1, -1):
-        share = machine(None, 1, False, together=workers)
-        if need is None or _holds(replace(need, machine=share)):
-            return workers
-    return 1
-
-
-def _holds(need: Need) -> bool:
     try:
-        return settle(need).total <= need.machine.memory
+        return most if need is None else _most_that_fit(need, most).machine.together
     except UnplannableError:
-        return True
+        return most
+
+
+def _most_that_fit(need: Need, most: int) -> Need:
+    """The job as one of up to so many processes that share this machine."""
+    for workers in range(most, 1, -1):
+        share = machine(None, need.machine.gpus, False, together=workers)
+        found = replace(need, machine=share)
+        if settle(found).total <= share.memory:
+            return found
+    return need
 
 
 def unfit_trial(job: JobConfig, cuda: bool, gpu: Gpu | None = None) -> Plan | None:
@@ -187,6 +188,18 @@ def _need_here(job: JobConfig, cuda: bool, gpu: Gpu | None, apart: bool = False)
     workers = 1 if apart else most_workers(job)
     device = machine(None, workers, cuda, sharing(job), together(job), gpu)
     return Need(shape, device, job, 1, job.data.max_length)
+
+
+def _with_trials(need: Need) -> Need:
+    """The job with as many trials on each device as its sweep trains there at a time."""
+    job, device, workers = need.job, need.machine, need.machine.gpus
+    if job.sweep is not None and not device.cuda and job.cluster.workers == "auto":
+        # As a Ray of its own has it.
+        need = _most_that_fit(need, min(os.cpu_count() or 1, trials_at_once(job, False)))
+        workers = need.machine.together
+    wanted = trials_at_once(job, device.cuda, workers)
+    need = replace(need, apart=train_apart(wanted, workers))
+    return replace(need, trials=_trials(need, trials_each(wanted, workers)))
 
 
 def _trials(need: Need, wanted: int) -> int:
@@ -221,6 +234,7 @@ def make_plan(need: Need, calibrate: bool = True) -> Plan:
             "compute_dtype": settled.dtype,
             "device": "cuda" if device.cuda else "cpu",
             "gpus": device.gpus,
+            "processes": device.together,
             "trials": trials,
             "base_bytes": {
                 "packed": settled.base.packed,

@@ -58,6 +58,8 @@ def describe(plan: Plan) -> str:
         f"counted with {_adapters(details['trials'])} of rank {details['rank']}, "
         f"{plan.tokens_per_pass} tokens per pass, gradient checkpointing {recomputed}"
     )
+    if details["processes"] > 1:
+        lines.append(f"{details['processes']} such processes share the CPUs")
     if plan.concurrent_trials:
         lines.append(f"room for {_adapters(plan.concurrent_trials)} at once over this base")
     disk = [f"{show_bytes(size)} {_DISK[name]}" for name, size in details["disk"].items() if size]

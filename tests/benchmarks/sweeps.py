@@ -92,7 +92,9 @@ def _tenants(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     for count in TENANTS:
         rates = tuple(1e-4 * (1 + place) for place in range(count))
         sweep = {"trials": count, "concurrent": count, "search_space": _space((16,), rates)}
-        peaks[count] = _measured(folder, _job(folder, f"of{count}", options, sweep))["peak_bytes"]
+        job = _job(folder, f"of{count}", options, sweep)
+        job["cluster"]["workers"] = 1
+        peaks[count] = _measured(folder, job)["peak_bytes"]
     slope = (peaks[TENANTS[-1]] - peaks[TENANTS[0]]) / (TENANTS[-1] - TENANTS[0])
     return {"peak_bytes": peaks, "bytes_per_tenant": slope}
 

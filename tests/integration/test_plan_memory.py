@@ -31,10 +31,14 @@ def test_the_plan_is_right_within_a_tenth(folder: Path, name: str) -> None:
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize("workers", [1, 2])
 def test_a_sweep_takes_what_its_plan_says(
-    commands: Commands, smollm2: Path, tmp_path: Path
+    commands: Commands, smollm2: Path, tmp_path: Path, workers: int
 ) -> None:
-    """Two trials through Ray, in every layout: nine rounds try them all three times."""
+    """Two trials through Ray: each on a worker, or in every layout on one.
+
+    Nine rounds try them all three times.
+    """
     texts = tmp_path / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": f"{n} cats " * 75}) + "\n" for n in range(40)))
     job = write_job(
@@ -50,7 +54,7 @@ def test_a_sweep_takes_what_its_plan_says(
             "learning_rate": 5e-4,
         },
         evaluation={"every": 9, "samples": 0},
-        cluster={"address": "local"},
+        cluster={"address": "local", "workers": workers},
         sweep={"trials": 2, "search_space": {"lora.rank": {"choice": [8, 16]}}},
     )
     assert commands.run("sweep", job).status == 0
