@@ -70,6 +70,11 @@ class Follower(StopOnly):
         super().__init__(run_dir)
         self._drain = _Drain()
 
+    def emit(self, event: str, **fields: Any) -> None:
+        """Nothing but warnings, to Ray's log: one that trains apart has some of its own."""
+        if event == "warning":
+            _logger().warning(json.dumps({"warning": fields["message"]}))
+
     def save_requested(self) -> bool:
         """Whether this worker's run is about to lose a node."""
         return self._drain.noticed()

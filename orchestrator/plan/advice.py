@@ -47,7 +47,7 @@ def _candidates(need: Need) -> Iterator[tuple[str, Any]]:
             tokens //= 2
     trials = need.trials // 2
     while trials:
-        yield _CONCURRENT, trials
+        yield _CONCURRENT, trials * need.engines
         trials //= 2
     if not job.quantization.double_quant:
         yield "quantization.double_quant", True
@@ -71,7 +71,7 @@ def _with(need: Need, changes: list[tuple[str, Any]]) -> Need:
     job, longest, trials = need.job, need.longest, need.trials
     for key, value in changes:
         if key == _CONCURRENT:
-            trials = value
+            trials = value // need.engines
             continue
         job = _set(job, key, value)
         if key == "data.max_length":

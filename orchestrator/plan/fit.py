@@ -57,6 +57,11 @@ class Need:
     apart: bool = False
 
     @property
+    def engines(self) -> int:
+        """Workers of which each trains trials of its own."""
+        return max(self.machine.gpus, self.machine.together) if self.apart else 1
+
+    @property
     def steps(self) -> int | None:
         """Optimizer steps of a trial, at most; None where the data's size is not known."""
         training = self.job.training
@@ -117,9 +122,11 @@ class Settled:
     @property
     def _lanes_more(self) -> int:
         """What passes side by side hold beyond one: a dequantized weight each (lanes.py)."""
-        if self.need.machine.cuda or self.need.machine.gpus > 1:
+        need = self.need
+        if need.machine.cuda or (need.machine.gpus > 1 and not need.apart):
             return 0
-        lanes = min(self.need.trials, os.cpu_count() or 1)
+        threads = (os.cpu_count() or 1) // need.machine.together
+        lanes = max(1, min(need.trials, threads))
         return (lanes - 1) * self.largest_weight * WIDTH[self.products] // WIDTH[self.dtype]
 
     @cached_property
@@ -264,6 +271,12 @@ def sharing(job: JobConfig) -> int:
 def together(job: JobConfig) -> int:
     """Workers of this job that share one GPU, at most."""
     return min(sharing(job), most_workers(job) or sharing(job))
+
+
+def cpu_workers(job: JobConfig, cores: float) -> int:
+    """Workers that a sweep wants on so many cores of its own: one for each trial at a time."""
+    able = int(min(cores, cores // (job.cluster.cpus_per_worker or 1)))
+    return max(1, min(able, trials_at_once(job, False)))
 
 
 def most_workers(job: JobConfig) -> int | None:

@@ -13,6 +13,7 @@ from orchestrator.plan.fit import (
     MOST_TRIALS,
     Need,
     Settled,
+    cpu_workers,
     largest_rank,
     most_tenants,
     most_workers,
@@ -23,6 +24,7 @@ from orchestrator.plan.fit import (
     trials_at_once,
     trials_each,
 )
+from orchestrator.plan.limits import free_bytes
 from orchestrator.plan.machine import Gpu, look_at_gpu, machine
 from orchestrator.plan.parts import WIDTH
 from orchestrator.plan.shapes import read_shape
@@ -115,7 +117,13 @@ def plan_job(
     return replace(plan, details={**plan.details, **both})
 
 
-def trials_that_fit(job: JobConfig, cuda: bool, gpu: Gpu | None = None, workers: int = 1) -> int:
+def trials_that_fit(
+    job: JobConfig,
+    cuda: bool,
+    gpu: Gpu | None = None,
+    workers: int | tuple[int, int] = 1,
+    here: bool = False,
+) -> int:
     """How many adapters at once fit the devices at hand, of those that are wanted at a time.
 
     As many as are wanted where the device is not to be known.
@@ -124,40 +132,60 @@ def trials_that_fit(job: JobConfig, cuda: bool, gpu: Gpu | None = None, workers:
         job: the sweep's job.
         cuda: whether it trains on GPUs; this machine may be one without.
         gpu: what a worker's machine has, by `describe_gpu`; None looks at this machine's.
-        workers: how many train, each on a device.
+        workers: how many train, or between which numbers; the fewest must hold all.
+        here: whether they share this machine's memory.
     """
-    wanted = trials_at_once(job, cuda, workers)
-    apart, each = train_apart(wanted, workers), min(trials_each(wanted, workers), MOST_TRIALS)
-    need = _need_here(job, cuda, gpu, apart)
+    least, most = workers if isinstance(workers, tuple) else (workers, workers)
+    wanted = trials_at_once(job, cuda, most)
+    apart, each = train_apart(wanted, least), min(trials_each(wanted, least), MOST_TRIALS)
+    need = _need_here(job, cuda, gpu)
+    if need is not None and apart:
+        need = replace(need, apart=True)
+        if here:
+            need = _beside(need, least)
     try:
         fit = each if need is None else most_tenants(need, each)
     except UnplannableError:
         fit = each
-    return min(wanted, fit * workers if apart else fit)
+    return min(wanted, fit * least if apart else fit)
 
 
-def workers_that_fit(job: JobConfig, most: int) -> int:
-    """How many processes that train a trial each this machine's CPUs have the memory for.
+def workers_that_fit(job: JobConfig, cores: float) -> int:
+    """How many processes a sweep of `auto` workers has on so many cores of its own.
 
     Args:
         job: the sweep's job.
-        most: how many there may be.
+        cores: of this machine.
     """
-    need = _need_here(job, False, None)
+    need, most = _need_here(job, False, None), cpu_workers(job, cores)
     try:
-        return most if need is None else _most_that_fit(need, most).machine.together
+        return most if need is None else _as_many_as_fit(need, most).machine.together
     except UnplannableError:
         return most
 
 
-def _most_that_fit(need: Need, most: int) -> Need:
-    """The job as one of up to so many processes that share this machine."""
+def _as_many_as_fit(need: Need, most: int) -> Need:
+    """The job as one of up to so many processes that share this machine.
+
+    Not of so many that they would have to recompute layers for it.
+    """
+    alone, job = settle(need), need.job
+    told = job.sweep is not None and job.sweep.concurrent != "auto"
     for workers in range(most, 1, -1):
-        share = machine(None, need.machine.gpus, False, together=workers)
-        found = replace(need, machine=share)
-        if settle(found).total <= share.memory:
+        wanted = trials_at_once(job, False, workers)
+        trials = trials_each(wanted, workers) if told else 1
+        found = replace(_beside(need, workers), trials=trials, apart=train_apart(wanted, workers))
+        settled = settle(found)
+        recomputes = settled.checkpointing and not alone.checkpointing
+        if settled.total <= found.machine.memory and not recomputes:
             return found
     return need
+
+
+def _beside(need: Need, workers: int) -> Need:
+    """The job as one of so many processes of this machine, none of which has begun."""
+    share = machine(None, need.machine.gpus, False, together=workers)
+    return replace(need, machine=replace(share, memory=free_bytes(workers)))
 
 
 def unfit_trial(job: JobConfig, cuda: bool, gpu: Gpu | None = None) -> Plan | None:
@@ -176,7 +204,7 @@ def unfit_trial(job: JobConfig, cuda: bool, gpu: Gpu | None = None) -> Plan | No
     return make_plan(need, calibrate=False)
 
 
-def _need_here(job: JobConfig, cuda: bool, gpu: Gpu | None, apart: bool = False) -> Need | None:
+def _need_here(job: JobConfig, cuda: bool, gpu: Gpu | None) -> Need | None:
     if cuda and gpu is None:
         gpu = look_at_gpu()
         if gpu is None:
@@ -185,21 +213,27 @@ def _need_here(job: JobConfig, cuda: bool, gpu: Gpu | None, apart: bool = False)
         shape = read_shape(job.model)
     except UnplannableError:
         return None
-    workers = 1 if apart else most_workers(job)
-    device = machine(None, workers, cuda, sharing(job), together(job), gpu)
+    device = machine(None, most_workers(job), cuda, sharing(job), together(job), gpu)
     return Need(shape, device, job, 1, job.data.max_length)
 
 
 def _with_trials(need: Need) -> Need:
     """The job with as many trials on each device as its sweep trains there at a time."""
-    job, device, workers = need.job, need.machine, need.machine.gpus
-    if job.sweep is not None and not device.cuda and job.cluster.workers == "auto":
+    job, most = need.job, need.machine.gpus
+    if job.sweep is None:
+        return need
+    least = most
+    if isinstance(job.cluster.workers, tuple):
+        least = min(most, job.cluster.workers[0])
+    elif job.cluster.workers == "auto" and need.machine.cuda:
+        least = most = most * sharing(job)
+    elif job.cluster.workers == "auto":
         # As a Ray of its own has it.
-        need = _most_that_fit(need, min(os.cpu_count() or 1, trials_at_once(job, False)))
-        workers = need.machine.together
-    wanted = trials_at_once(job, device.cuda, workers)
-    need = replace(need, apart=train_apart(wanted, workers))
-    return replace(need, trials=_trials(need, trials_each(wanted, workers)))
+        need = _as_many_as_fit(need, cpu_workers(job, os.cpu_count() or 1))
+        least = most = need.machine.together
+    wanted = trials_at_once(job, need.machine.cuda, most)
+    need = replace(need, apart=train_apart(wanted, least))
+    return replace(need, trials=_trials(need, trials_each(wanted, least)))
 
 
 def _trials(need: Need, wanted: int) -> int:

@@ -174,12 +174,11 @@ class Desk:
         """
         if len(self._heard) < self._engines:
             return
-        loads = Counter(self._engine_of.values())
-        for name in self._members:
+        # Who is over is let go before another is let in.
+        loads = Counter(self._engine_of[name] for name in self._members if name in self._engine_of)
+        for name in [n for n in self._members if n not in self._engine_of]:
             engine = min(range(self._engines), key=lambda place: loads[place])
-            if loads[engine] >= places:
-                return
-            if name not in self._engine_of:
+            if loads[engine] < places:
                 self._engine_of[name] = engine
                 loads[engine] += 1
 

@@ -92,7 +92,7 @@ def run(job: JobConfig, run_dir: Path, say: Callable[[str], None]) -> dict[str, 
             plan = plan_workers(cluster, here.nodes, here.most, here.own)
             on_gpu, gpu = plan.gpus > 0, look_at_gpu(plan, run_dir) if plan.gpus else None
             job = leave_out(job, partial(_reason, on_gpu, gpu), say)
-            count = places.shared(job, plan, gpu)
+            count = places.shared(job, plan, gpu, here.own)
             apart = train_apart(count, plan.least)
             _tell_places(run_dir, count)
             if apart:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,12 @@ from typing import Any
 import ray
 
 from orchestrator.cluster.worker import as_worker
-from orchestrator.errors import InterruptedRunError, OrchestratorError, RefusedError
+from orchestrator.errors import (
+    InterruptedRunError,
+    OrchestratorError,
+    RefusedError,
+    WorkerLostError,
+)
 from orchestrator.places import write_whole
 from orchestrator.training.membership import Wishes
 
@@ -32,13 +37,18 @@ def _serve(config: dict[str, Any], device: Any, world: Any, observer: Any) -> di
     from orchestrator.training.host import Host
     from orchestrator.training.run import open_ground
 
-    shared, apart = config["shared"], config["apart"] and world.size > 1
+    # A group that may begin with one worker, which has the memory for all trials, may have more.
+    apart = world.size > 1 and (config["apart"] or world.size <= config["trials"])
     engine, engines = (world.rank, world.size) if apart else (0, 1)
     places = ceil(config["trials"] / engines)
-    ground = open_ground(config["job"], cache_dir(), device, world, observer, shared, places, apart)
+    ground = open_ground(
+        config["job"], cache_dir(), device, world, observer, config["shared"], places, apart
+    )
     with world.together():
         if config["job"].sweep is not None:
             _check_ground(ground.identity, config["job"].run_dir, world.leads)
+    if apart:
+        world.part()
     entry, dtype = ground.entry, ground.engine.base.dtype
     membership = DeskMembership(config["desk"], engine, engines, places)
     with membership.all_hear():
@@ -104,8 +114,12 @@ class DeskMembership:
             # Each of them hears of it by itself, and saves what it has.
             raise
         except OrchestratorError as error:
-            with suppress(OrchestratorError, ray.exceptions.RayError):
-                _answer(self._desk.broken.remote(error))
+            if self._engines > 1:
+                try:
+                    _answer(self._desk.broken.remote(error))
+                except (OrchestratorError, ray.exceptions.RayError) as silence:
+                    # Ray starts all of them again.
+                    raise WorkerLostError(str(error)) from silence
             raise
 
     def report(self, name: str, results: list[dict[str, Any]]) -> None:

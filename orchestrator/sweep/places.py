@@ -18,23 +18,23 @@ def with_workers(job: JobConfig, here: Session) -> JobConfig:
     on_gpu = here.here.gpus if cluster.gpus_per_worker == "auto" else cluster.gpus_per_worker
     if cluster.workers != "auto" or not here.own or on_gpu:
         return job
-    cores = int(here.here.cpus // cluster.cpus_per_worker)
-    workers = workers_that_fit(job, min(cores, trials_at_once(job, False)))
+    workers = workers_that_fit(job, here.here.cpus)
     return job.model_copy(update={"cluster": cluster.model_copy(update={"workers": workers})})
 
 
-def shared(job: JobConfig, plan: WorkerPlan, gpu: Gpu | None) -> int:
+def shared(job: JobConfig, plan: WorkerPlan, gpu: Gpu | None, own: bool) -> int:
     """Trials at a time as tenants of the workers' bases.
 
     Args:
         job: the sweep's.
         plan: its workers.
         gpu: what such a GPU has, where one was looked at.
+        own: whether the cluster is this machine, for this job alone.
     """
     on_gpu = plan.gpus > 0
     if _sweep(job).concurrent != "auto":
         return trials_at_once(job, on_gpu)
-    return max(1, trials_that_fit(job, on_gpu, gpu, plan.least))
+    return max(1, trials_that_fit(job, on_gpu, gpu, plan.workers, own and not on_gpu))
 
 
 def isolated(job: JobConfig, here: Session) -> tuple[WorkerPlan, int]:

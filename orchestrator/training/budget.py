@@ -42,6 +42,7 @@ def decide(
     world: World,
     trials: int,
     observer: Observer,
+    apart: bool = False,
 ) -> Budget:
     """What the job file says; where it says `auto`, the best that fits by the plan.
 
@@ -51,17 +52,19 @@ def decide(
         lengths: tokens of each training example.
         device: what this process trains on.
         world: this process among the workers; all of them get the same budget.
-        trials: adapters that train at once.
+        trials: adapters that train at once on this worker.
         observer: hears the plan.
+        apart: whether each worker trains adapters of its own.
 
     Raises:
         RefusedError: the job does not fit the device.
     """
-    longest, most = int(lengths.max()), _most(job, lengths, world, trials)
+    longest, most = int(lengths.max()), _most(job, lengths, 1 if apart else world.size, trials)
     try:
         need = replace(
             _need(job, model, longest, most, device, world, trials),
             short=int(np.quantile(lengths, _SHORT)),
+            apart=apart,
             examples=Examples(len(lengths), int(lengths.sum()), "exactly"),
         )
         plan = make_plan(need, calibrate=world.leads)
@@ -73,7 +76,9 @@ def decide(
     return Budget(plan.tokens_per_pass, bool(plan.details["gradient_checkpointing"]))
 
 
-def check_before_download(job: JobConfig, device: torch.device, world: World, trials: int) -> None:
+def check_before_download(
+    job: JobConfig, device: torch.device, world: World, trials: int, apart: bool = False
+) -> None:
     """Refuse what fits with no data at all, before gigabytes of weights are fetched.
 
     Raises:
@@ -86,7 +91,7 @@ def check_before_download(job: JobConfig, device: torch.device, world: World, tr
     no_data = job.model_copy(update={"data": data})
     try:
         need = _need(no_data, job.model, _LEAST, _LEAST, device, world, trials)
-        plan = make_plan(need, calibrate=False)
+        plan = make_plan(replace(need, apart=apart), calibrate=False)
     except UnplannableError:
         # Whoever fetches the model says what is wrong with its name.
         return
@@ -122,11 +127,11 @@ def _need(
     return Need(shape, here, job, trials, longest, most)
 
 
-def _most(job: JobConfig, lengths: NDArray[np.int64], world: World, trials: int) -> int:
+def _most(job: JobConfig, lengths: NDArray[np.int64], workers: int, trials: int) -> int:
     """Tokens of a worker's share of a step, at most (examples are dealt longest first)."""
     count = min(len(lengths), largest_batch(job))
     step = trials * int(np.partition(lengths, -count)[-count:].sum())
-    return min(step, step // world.size + int(lengths.max()))
+    return min(step, step // workers + int(lengths.max()))
 
 
 def _unplanned(job: JobConfig) -> Budget:

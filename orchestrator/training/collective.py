@@ -55,6 +55,10 @@ class World:
         """This process as one that works without the others, beside them on its device."""
         return World(beside=self.beside)
 
+    def part(self) -> None:
+        """Leave the group for good, as all others do, with the threads and memory it takes."""
+        dist.destroy_process_group()
+
     @property
     def leads(self) -> bool:
         """Whether this process writes journal, checkpoints and adapter."""

@@ -121,7 +121,6 @@ def open_ground(
     Raises:
         RefusedError: the model, the data or the settings cannot be trained, or do not fit.
     """
-    team = world.alone() if apart else world
 
     def say(message: str) -> None:
         observer.emit("warning", message=message)
@@ -130,7 +129,7 @@ def open_ground(
     with world.together():
         dtype = devices.compute_dtype(job.quantization.compute_dtype, device)
         optimizers.resolve(job.training.optimizer, device)
-        budget.check_before_download(job, device, team, trials)
+        budget.check_before_download(job, device, world, trials, apart)
         origin = source.locate(job.model, cache_dir)
         bases_dir = cache_dir / "bases"
         tokenizer = store.tokenizer(origin, job.quantization, dtype, bases_dir)
@@ -147,7 +146,7 @@ def open_ground(
     with world.together():
         model = _config_at(job.model, described)
         lengths = data.train.lengths
-        chosen = budget.decide(job, model, lengths, device, team, trials, observer)
+        chosen = budget.decide(job, model, lengths, device, world, trials, observer, apart)
     chosen = budget.agree(chosen, world)
     memory.return_freed_memory()
     # Quantized once: by the leader, whose machine's other workers find it in their store; other
@@ -163,6 +162,7 @@ def open_ground(
         base = bases.load(entry, device, job.model.trust_remote_code)
         _check_lengths(data, base)
     budget.apply(chosen, base.model)
+    team = world.alone() if apart else world
     engine = Engine(
         base, AdapterSet(base.model), team, chosen.tokens, partial(_tell_shortened, observer)
     )

@@ -334,7 +334,7 @@ def test_who_interrupts_twice_waits_for_nothing_and_goes_on_later(
     wait_until(lambda: _steps(folder) > 20, "some steps were trained")
     family = psutil.Process(process.pid).children(recursive=True)
     # An engine that hears nothing would hold up whoever waits for it.
-    (engine,) = [p for p in family if "RayTrainWorker" in " ".join(p.cmdline())]
+    engine, *_ = [p for p in family if "RayTrainWorker" in " ".join(p.cmdline())]
     engine.send_signal(signal.SIGSTOP)
     for _ in range(2):
         process.send_signal(signal.SIGINT)

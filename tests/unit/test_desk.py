@@ -82,19 +82,37 @@ def test_a_member_stays_with_its_engine_until_it_was_let_go() -> None:
         for engine in (1, 0, 1):
             await there.wishes(engine, 2, 1, ())
         await there.leave("a", "stopped")
-        await there.ask("c", Member(JOB, Path("c")), 0)
         leaving = await there.wishes(0, 2, 1, ("a",))
-        other = await there.wishes(1, 2, 1, ("b",))
-        freed = await there.wishes(0, 2, 1, ())
-        await there.leave("c", "stopped")
+        # The other one has room by now.
+        await there.leave("b", "stopped")
+        await there.wishes(1, 2, 1, ())
+        await there.ask("a", Member(JOB, Path("a")), 0)
+        other = await there.wishes(1, 2, 1, ())
+        back = await there.wishes(0, 2, 1, ("a",))
+        await there.leave("a", "stopped")
+        await there.wishes(0, 2, 1, ())
         await there.ask("c", Member(JOB, Path("c")), 0)
-        return [leaving, other, freed, await there.wishes(0, 2, 1, ("c",))]
+        return [leaving, other, back, await there.wishes(0, 2, 1, ())]
 
-    leaving, other, freed, back = asyncio.run(leave_and_come_back())
+    leaving, other, back, freed = asyncio.run(leave_and_come_back())
     assert not leaving.members and leaving.ended == {"a": "stopped"}
-    assert set(other.members) == {"b"} and not other.ended
+    assert not other.members and not other.ended
+    assert set(back.members) == {"a"} and not back.ended
     assert set(freed.members) == {"c"} and not freed.ended
-    assert set(back.members) == {"c"} and not back.ended
+
+
+def test_a_place_is_given_while_who_had_it_leaves() -> None:
+    """The engine lets go before it lets in, and need not ask twice."""
+
+    async def next_one() -> Wishes:
+        there = await _asked("a")
+        await there.wishes(0, 1, 1, ())
+        await there.leave("a", "finished")
+        await there.ask("b", Member(JOB, Path("b")), 0)
+        return await there.wishes(0, 1, 1, ("a",))
+
+    wishes = asyncio.run(next_one())
+    assert set(wishes.members) == {"b"} and wishes.ended == {"a": "finished"}
 
 
 def test_a_desk_that_came_back_gives_no_member_to_a_second_engine() -> None:

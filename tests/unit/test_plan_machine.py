@@ -1,6 +1,7 @@
 """The GPU that a plan is for: looked at here, by another process, or on a worker's machine."""
 
 import json
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -12,6 +13,8 @@ import torch
 from orchestrator.plan import (
     Gpu,
     describe_gpu,
+    plan_job,
+    planner,
     trials_that_fit,
     unfit_trial,
     workers_that_fit,
@@ -111,14 +114,45 @@ def test_workers_that_train_apart_are_counted_each() -> None:
 def test_a_worker_for_each_trial_needs_its_part_of_the_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    job = make_job("HuggingFaceTB/SmolLM2-135M", sweep={"trials": 8}, training=SET)
+    sweep = {"trials": 8, "concurrent": 4}
+    job = make_job("HuggingFaceTB/SmolLM2-135M", sweep=sweep, training=SET)
     free = 64 * GIB
-    monkeypatch.setattr(machines, "free_bytes", lambda sharing=1: free // sharing)
-    assert workers_that_fit(job, 4) == 4
-    free = 1 * GIB
-    assert 1 <= workers_that_fit(job, 4) < 4
-    free = 0
-    assert workers_that_fit(job, 4) == 1
+    for room in (machines, planner):
+        monkeypatch.setattr(room, "free_bytes", lambda sharing=1: free // sharing)
+    assert workers_that_fit(job, 8) == 4
+    plan = plan_job(job, calibrate=False)
+    count = plan.details["processes"]
+    assert count == min(4, os.cpu_count() or 1) and plan.details["trials"] == 4 / count
+    # None of them has begun: what a process holds by itself counts for each.
+    free = 3 * plan.per_gpu_bytes["total"] + GIB // 16
+    assert workers_that_fit(job, 8) in (2, 3)
+    free = plan.per_gpu_bytes["total"]
+    assert workers_that_fit(job, 8) == 1
+    recomputed = job.model_copy(
+        update={"training": job.training.model_copy(update={"gradient_checkpointing": "auto"})}
+    )
+    assert workers_that_fit(recomputed, 8) == 1
+
+
+def test_trials_of_workers_beside_one_another_share_the_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sweep = {"trials": 16, "scheduler": "pbt"}
+    job = make_job("HuggingFaceTB/SmolLM2-135M", lora={"rank": 256}, sweep=sweep, training=SET)
+    free = 8 * GIB
+    for room in (machines, planner):
+        monkeypatch.setattr(room, "free_bytes", lambda sharing=1: free // sharing)
+    alone = trials_that_fit(job, False)
+    assert 2 < alone < 8
+    assert trials_that_fit(job, False, None, 2) == 2 * alone
+    assert 2 <= trials_that_fit(job, False, None, 2, here=True) <= alone
+
+
+def test_a_group_that_may_shrink_has_the_trials_that_its_fewest_workers_hold() -> None:
+    job = make_job(BASE, lora={"rank": 64}, sweep={"trials": 64})
+    assert trials_that_fit(job, True, A100, (16, 32)) == 32
+    small = Gpu(free=16 * GIB, total=16 * GIB, bfloat16=True)
+    assert trials_that_fit(job, True, small, (1, 32)) == trials_that_fit(job, True, small)
 
 
 def test_a_trial_is_refused_by_the_gpu_of_a_workers_machine() -> None:

@@ -12,6 +12,7 @@ from ray.tune.search import BasicVariantGenerator
 from orchestrator.cluster.plan import Resources
 from orchestrator.cluster.session import Session
 from orchestrator.config import JobConfig
+from orchestrator.plan.fit import cpu_workers
 from orchestrator.sweep import places, search
 from tests.unit.sweeps import sweep_job
 
@@ -128,7 +129,7 @@ def test_a_trial_that_tune_has_is_not_proposed_again(monkeypatch: pytest.MonkeyP
 def test_our_own_cpus_have_a_worker_for_each_trial_at_a_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(places, "workers_that_fit", lambda job, most: most)
+    monkeypatch.setattr(places, "workers_that_fit", cpu_workers)
     job = _job({RATE: {"loguniform": [1e-4, 1e-3]}}, trials=8)
 
     def workers(job: JobConfig, own: bool, cpus: float, gpus: float = 0) -> Any:
@@ -141,6 +142,9 @@ def test_our_own_cpus_have_a_worker_for_each_trial_at_a_time(
     assert workers(job, False, 8) == workers(job, True, 8, 1) == "auto"
     on_cpus = job.cluster.model_copy(update={"gpus_per_worker": 0})
     assert workers(job.model_copy(update={"cluster": on_cpus}), True, 8, 1) == 2
+    large = job.cluster.model_copy(update={"cpus_per_worker": 8})
+    assert workers(job.model_copy(update={"cluster": large}), True, 2) == 1
+    assert workers(job.model_copy(update={"cluster": large}), True, 16) == 2
     told = job.cluster.model_copy(update={"workers": 1})
     assert workers(job.model_copy(update={"cluster": told}), True, 8) == 1
 
