@@ -269,7 +269,8 @@ class ClusterConfig(_Section):
     """A Ray address; `auto` joins the cluster this machine belongs to, or starts Ray here; `local`
     starts Ray here in any case."""
     workers: Annotated[Literal["auto"] | int | tuple[int, int], BeforeValidator(_workers)] = "auto"
-    """One worker per GPU; a number; or [min, max] for an elastic run."""
+    """One worker per GPU, on our own CPUs one, and one per trial of a sweep at a time; a number; or
+    [min, max] for an elastic run."""
     gpus_per_worker: Annotated[Literal["auto"] | float, BeforeValidator(_auto_or_share)] = "auto"
     """1, a share such as 0.5 where workers divide a GPU, or 0 to train on the CPU; `auto`: 1 where
     there are GPUs."""
@@ -345,7 +346,7 @@ class SweepConfig(_Section):
     time_budget: Annotated[float, Field(gt=0)] | None = None
     """Seconds after which no trial goes on."""
     placement: Literal["auto", "shared", "isolated"] = "auto"
-    """Trials as tenants of one base, or each in a run of its own."""
+    """Trials as tenants of each worker's base, or each in a run of its own."""
     concurrent: Annotated[Literal["auto"] | int, BeforeValidator(_auto_or_positive_int)] = "auto"
     """Trials at a time."""
 

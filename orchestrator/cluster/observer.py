@@ -20,7 +20,7 @@ _OF_A_STEP = {
     "seconds": ("orchestrator_step_seconds", "Seconds of the last step"),
     "collective_seconds": (
         "orchestrator_collective_seconds",
-        "Seconds of the last step in the collective, on the leading worker",
+        "Seconds of the last step in the collective, on the worker that tells",
     ),
 }
 _GAUGES = {

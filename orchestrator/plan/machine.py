@@ -39,7 +39,7 @@ class Gpu:
 class Machine:
     """A device: its memory in bytes, what the framework takes of it, and how many there are.
 
-    together: processes of a run that share it, of which each has so much memory.
+    together: processes of a run that share it where it is a CPU, of which each has so much memory.
     """
 
     cuda: bool

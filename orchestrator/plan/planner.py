@@ -86,7 +86,7 @@ def plan_job(
         job: the resolved job.
         gpu_memory: bytes of a GPU that need not be here; None plans for the device at hand.
         gpus: number of devices; None takes the job's workers or what is here.
-        trials: adapters that train at once over one base; None takes the sweep's, or one.
+        trials: adapters that train at once on a device; None takes the sweep's, or one.
         longest: tokens of the longest example, where known; `data.max_length` otherwise.
         calibrate: time the device at hand for a moment, to say how long the job takes.
 

@@ -1,1 +1,1 @@
-"""The sweep: what is searched, Ray Tune's trials, and the engine whose tenants they are."""
+"""The sweep: what is searched, Ray Tune's trials, and the engines whose tenants they are."""

@@ -79,8 +79,8 @@ def run(job: JobConfig, run_dir: Path, say: Callable[[str], None]) -> dict[str, 
         say: is told what the user should know.
 
     Returns:
-        What the engine came to: proof of the best trial's adapter, and of an engine that trials
-        shared also workers and peak_memory_bytes.
+        What the engines came to: proof of the best trial's adapter, and of those that trials
+        shared also workers and peak_memory_bytes, of the leading one.
 
     Raises:
         OrchestratorError: the engine failed, or the user stopped it.
@@ -124,7 +124,7 @@ def _tell_places(run_dir: Path, count: int) -> None:
 
 
 def _shared(sweep: _Sweep) -> dict[str, Any]:
-    """Trials as tenants of one engine."""
+    """Trials as tenants of engines that serve them all."""
     with _engine(sweep, sweep.job, sweep.run_dir) as engine:
         tuning = _tune(sweep, engine.desk)
         with _left_behind(tuning):

@@ -23,7 +23,7 @@ from orchestrator.tracking.observer import JournalObserver, stop_path
 from orchestrator.training.membership import Member
 
 if TYPE_CHECKING:
-    # It brings torch, which the trials of a shared engine do without: 200 MB and a second each.
+    # It brings torch, which the trials of shared engines do without: 200 MB and a second each.
     from orchestrator.sweep.launch import RunningEngine
 
 # Searchers and schedulers take no NaN: a trial that failed is worse than any that did not.
@@ -38,7 +38,7 @@ _POINTER = "checkpoint.json"
 class Context:
     """What every trial is told.
 
-    desk: of the engine that all share; None where each starts one of its own. plan, here: what
+    desk: of the engines that all share; None where each starts one of its own. plan, here: what
     such an engine gets. working_dir: where the command was given, which relative paths mean.
     """
 

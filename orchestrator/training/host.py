@@ -44,7 +44,7 @@ _HOPELESS = 1.5
 
 
 class Host:
-    """Trains whoever is a member, on every worker alike."""
+    """Trains whoever is a member, on every worker of its world alike."""
 
     def __init__(
         self,
