@@ -27,11 +27,15 @@ for flags in said:
     heard.append([part.flatten().tolist() for part in parts])
     if flags is not said[1]:
         heard.append(world.take_answers())
-print(json.dumps(heard))
+with world.together():
+    own = world.alone()
+world.part()
+own.sum(parts)
+print(json.dumps([*heard, own.size, own.leads, dist.is_initialized()]))
 """
 
 
-def test_flags_travel_with_the_sum_and_all_workers_hear_the_same(tmp_path: Path) -> None:
+def test_flags_travel_with_the_sum_all_hear_the_same_and_part(tmp_path: Path) -> None:
     workers = [
         subprocess.Popen(
             [sys.executable, "-c", WORKER, str(rank), "2", str(tmp_path / "meeting")],
@@ -44,7 +48,9 @@ def test_flags_travel_with_the_sum_and_all_workers_hear_the_same(tmp_path: Path)
     assert outs[0] == outs[1]
     sums = [[3.0] * 3, [10.0] * 4]
     # Nobody takes the second sum's answers: the third's come with them.
-    assert json.loads(outs[0]) == [sums, [False, True], sums, sums, [True, False]]
+    flags = [[False, True], [True, False]]
+    assert json.loads(outs[0]) == [sums, flags[0], sums, sums, flags[1], 1, True, False]
+    assert [worker.returncode for worker in workers] == [0, 0]
 
 
 def test_a_worker_alone_hears_itself() -> None:
