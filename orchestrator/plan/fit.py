@@ -275,7 +275,7 @@ def together(job: JobConfig) -> int:
 
 def cpu_workers(job: JobConfig, cores: float) -> int:
     """Workers that a sweep wants on so many cores of its own: one for each trial at a time."""
-    able = int(min(cores, cores // (job.cluster.cpus_per_worker or 1)))
+    able = int(min(cores, cores // job.cluster.cpus_per_worker))
     return max(1, min(able, trials_at_once(job, False)))
 
 

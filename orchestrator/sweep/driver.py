@@ -88,7 +88,7 @@ def run(job: JobConfig, run_dir: Path, say: Callable[[str], None]) -> dict[str, 
     with session(job.cluster.address, say) as here:
         check_kept(run_dir)
         if space.is_shared(job):
-            cluster = places.with_workers(job, here).cluster
+            cluster = places.cluster_of(job, here)
             plan = plan_workers(cluster, here.nodes, here.most, here.own)
             on_gpu, gpu = plan.gpus > 0, look_at_gpu(plan, run_dir) if plan.gpus else None
             job = leave_out(job, partial(_reason, on_gpu, gpu), say)

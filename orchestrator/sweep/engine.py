@@ -33,12 +33,13 @@ def serve(config: dict[str, Any]) -> Any:
 
 def _serve(config: dict[str, Any], device: Any, world: Any, observer: Any) -> dict[str, Any]:
     from orchestrator.places import cache_dir
+    from orchestrator.plan.fit import train_apart
     from orchestrator.training import memory, proof
     from orchestrator.training.host import Host
     from orchestrator.training.run import open_ground
 
     # A group that may begin with one worker, which has the memory for all trials, may have more.
-    apart = world.size > 1 and (config["apart"] or world.size <= config["trials"])
+    apart = config["apart"] or train_apart(config["trials"], world.size)
     engine, engines = (world.rank, world.size) if apart else (0, 1)
     places = ceil(config["trials"] / engines)
     ground = open_ground(

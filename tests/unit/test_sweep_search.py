@@ -134,7 +134,7 @@ def test_our_own_cpus_have_a_worker_for_each_trial_at_a_time(
 
     def workers(job: JobConfig, own: bool, cpus: float, gpus: float = 0) -> Any:
         here = Session(own, (Resources(cpus, gpus),), None)
-        return places.with_workers(job, here).cluster.workers
+        return places.cluster_of(job, here).workers
 
     assert [workers(job, True, cpus) for cpus in (1, 2, 8)] == [1, 2, 2]
     assert workers(_job({RATE: {"choice": [1e-3]}}, concurrent=5), True, 8) == 5
