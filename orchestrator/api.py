@@ -125,7 +125,6 @@ def _sweep(
     # when it is imported.
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     quiet_libraries()
-    from orchestrator.sweep import driver
     from orchestrator.sweep.finish import conclude, results, settle
     from orchestrator.sweep.outcome import spent_seconds
 
@@ -139,7 +138,7 @@ def _sweep(
     status, error, engine = "failed", None, {}
     try:
         with watch(run_dir) if watch else _nothing(), _stop_on_interrupt(run_dir):
-            engine = driver.run(job, run_dir, say)
+            engine = _search_on_ray(job, run_dir, say)
         with JournalObserver(run_dir) as observer:
             conclude(job, run_dir, engine, observer, lambda: _registered(job, delivery))
         status = "finished"
@@ -251,10 +250,26 @@ def _train_here(job: JobConfig, place: Place) -> dict[str, Any]:
 
 
 def _train_on_ray(job: JobConfig, place: Place, say: Say) -> dict[str, Any]:
-    from orchestrator.cluster.driver import run
+    from orchestrator.cluster.session import session
 
-    with _stop_on_interrupt(place.folder), place.following(say):
-        return run(job, place.folder, say)
+    with (
+        _stop_on_interrupt(place.folder),
+        place.following(say),
+        session(job.cluster.address, say) as here,
+    ):
+        from orchestrator.cluster.driver import run
+
+        return run(job, place.folder, here, say)
+
+
+def _search_on_ray(job: JobConfig, run_dir: Path, say: Say) -> dict[str, Any]:
+    from orchestrator.cluster.session import session
+
+    # The plan of the trials' memory needs it.
+    with session(job.cluster.address, say, ("transformers.modeling_utils",)) as here:
+        from orchestrator.sweep.driver import run
+
+        return run(job, run_dir, here, say)
 
 
 def _resolve(

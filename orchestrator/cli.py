@@ -1,5 +1,6 @@
 """The commands: parse, call, print. Nothing heavy is imported before a command runs."""
 
+import gc
 import json
 import sys
 import traceback
@@ -24,7 +25,12 @@ def command(arguments: list[str] | None = None, program: str | None = None) -> N
         from orchestrator.allocator import restart_with_settings
 
         restart_with_settings()
-    main(arguments, prog_name=program)
+    try:
+        main(arguments, prog_name=program)
+    finally:
+        # Else Python looks through all that torch and the others have made before it ends: two
+        # seconds.
+        gc.freeze()
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

@@ -14,16 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import ray.train
-from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from orchestrator import allocator
 from orchestrator.cluster.alone import NothingToAskFor
 from orchestrator.cluster.elastic import STOPPED, LivingNodes
 from orchestrator.cluster.forming import Forming, StartsAgain
+from orchestrator.cluster.group import GlooGroup
 from orchestrator.cluster.plan import WorkerPlan, plan_workers
-from orchestrator.cluster.session import Session, check_kept, session
+from orchestrator.cluster.session import Session, check_kept
 from orchestrator.cluster.worker import train
 from orchestrator.config import JobConfig
 from orchestrator.errors import InterruptedRunError, OrchestratorError, WorkerLostError, last_line
@@ -47,25 +48,25 @@ _WAIT_SECONDS = 0.5
 _RESULT_SECONDS = 30.0
 
 
-def run(job: JobConfig, run_dir: Path, say: Callable[[str], None]) -> dict[str, Any]:
+def run(job: JobConfig, run_dir: Path, here: Session, say: Callable[[str], None]) -> dict[str, Any]:
     """Run the job on Ray and wait for it.
 
     Args:
         job: the resolved job.
         run_dir: the run's folder.
+        here: the session.
         say: is told what the user should know.
 
     Returns:
         The results of the leading worker.
 
     Raises:
-        RefusedError: no such cluster, or it can never have what the job asks for.
+        RefusedError: the cluster can never have what the job asks for.
         OrchestratorError: what the leading worker raised, or that workers kept dying.
     """
-    with session(job.cluster.address, say) as here:
-        check_kept(run_dir)
-        plan = plan_workers(job.cluster, here.nodes, here.most, here.own)
-        return run_workers(job, run_dir, plan, here, say, train, {})
+    check_kept(run_dir)
+    plan = plan_workers(job.cluster, here.nodes, here.most, here.own)
+    return run_workers(job, run_dir, plan, here, say, train, {})
 
 
 def run_workers(
@@ -161,7 +162,7 @@ def _start_timeout(seconds: int) -> Iterator[None]:
         del os.environ[_START_TIMEOUT]
 
 
-def _wait(job: JobConfig, run_dir: Path, trainer: TorchTrainer) -> Any:
+def _wait(job: JobConfig, run_dir: Path, trainer: DataParallelTrainer) -> Any:
     """The leading worker's return value.
 
     Raises:
@@ -251,7 +252,7 @@ def _loop_config(
     }
 
 
-class _Trainer(TorchTrainer):  # type: ignore[misc]
+class _Trainer(DataParallelTrainer):  # type: ignore[misc]
     """With words of our own on starts, and without actors that no run of ours needs.
 
     Each of those is a process that wakes all the time. One deals out sets of `ray.data`; one
@@ -287,14 +288,14 @@ def _trainer(
     retries: int,
     work: Callable[[dict[str, Any]], Any],
     config: dict[str, Any],
-) -> TorchTrainer:
+) -> DataParallelTrainer:
     silence = math.ceil(job.cluster.collective_timeout)
     settings = allocator.gpu_settings if plan.gpus else allocator.settings
     return _Trainer(
         work,
         train_loop_config=config,
         # Workers agree over gloo; where they have GPUs they sum gradients in a group of NCCL's.
-        torch_config=TorchConfig(backend="gloo", timeout_s=silence),
+        backend_config=GlooGroup(silence),
         scaling_config=ray.train.ScalingConfig(
             num_workers=plan.workers,
             use_gpu=plan.gpus > 0,

@@ -4,7 +4,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ import ray
 
 from orchestrator.cluster.plan import MOST_VARIABLE, Resources, reach, told_nodes, total
 from orchestrator.errors import OrchestratorError, RefusedError, first_line
+from orchestrator.imports import import_beside
 
 _JOIN = (
     "Start one with `ray start --head`, or take auto or local. Where one runs, give the "
@@ -64,8 +65,15 @@ class Session:
 
 
 @contextmanager
-def session(address: str, say: Callable[[str], None]) -> Iterator[Session]:
+def session(
+    address: str, say: Callable[[str], None], libraries: Sequence[str] = ()
+) -> Iterator[Session]:
     """Connect to `address`; `auto` joins this machine's cluster or starts Ray here.
+
+    Args:
+        address: as in the job file.
+        say: is told what the user should know.
+        libraries: what is needed next and does not import Ray; imported while Ray starts.
 
     Raises:
         RefusedError: an address was given and no cluster answers there, or it wants a token.
@@ -73,6 +81,7 @@ def session(address: str, say: Callable[[str], None]) -> Iterator[Session]:
     """
     with ExitStack() as environment:
         with _own_sigterm():
+            import_beside(libraries)
             own = _connect(address, say, environment)
         try:
             nodes = (node["Resources"] for node in ray.nodes() if node["Alive"])

@@ -8,6 +8,7 @@ from typing import Any
 
 from orchestrator.cluster.priority import let_ray_wait
 from orchestrator.errors import OrchestratorError, RefusedError
+from orchestrator.imports import uncollected
 from orchestrator.quiet import quiet_libraries
 from orchestrator.storage.place import Place, worker_place
 
@@ -33,10 +34,12 @@ def as_worker(config: dict[str, Any], work: Callable[..., dict[str, Any]]) -> An
 
     An error the user can act on is returned, not raised: Ray would start the workers again for it.
     """
-    quiet_libraries()
     # Ray Train sets it to a GPU even where that is a simulated one.
     os.environ.pop("ACCELERATE_TORCH_DEVICE", None)
-    import torch
+    with uncollected():
+        quiet_libraries()
+        import torch
+        import transformers.modeling_utils  # noqa: F401
 
     torch.set_num_threads(config["threads"])
     if os.path.isdir(config["working_dir"]):
@@ -113,7 +116,9 @@ def _device(gpus: float) -> Any:
         return torch.device("cpu")
     import ray.train.torch
 
-    return ray.train.torch.get_device()
+    device = ray.train.torch.get_device()
+    torch.cuda.set_device(device)
+    return device
 
 
 def _world(device: Any, timeout: float) -> Any:

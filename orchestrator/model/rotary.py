@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orchestrator.lengths import DENSE_LIMIT, segment_length
@@ -52,11 +53,49 @@ def attend(
     function: Any = _Attend.apply
     layers = (module.q_proj, module.k_proj, module.v_proj)
     half = module.head_dim // 2
-    turn = tuple(t[0, :, None, :half].to(layers[0].product_dtype) for t in positions)
-    out = function(
-        module.q_proj.placement.anchor, x[0], layers, turn, lengths, module.head_dim, module.scaling
-    )
+    cos, sin = (t[0, :, None, :half].to(layers[0].product_dtype) for t in positions)
+    rest = (x[0], layers, (cos, sin), lengths, module.head_dim, module.scaling)
+    if torch.is_grad_enabled():
+        out = function(module.q_proj.placement.anchor, *rest)
+    else:
+        out = _attend_once(*rest)
     return module.o_proj(out[None])
+
+
+def _attend_once(
+    rows: Tensor,
+    layers: tuple[LoraLinear, ...],
+    turn: tuple[Tensor, Tensor],
+    lengths: tuple[int, ...],
+    width: int,
+    scale: float,
+) -> Tensor:
+    """`_Attend`'s output where no backward pass follows.
+
+    By torch's own kernel, which skips the future and keeps no scores: a third of the time.
+    """
+    output, query, key, value, _ = _heads(rows, layers, turn, width)
+    wide = _grouped(output, len(query), width)
+    for part, _ in _segments(lengths):
+        q, k, v = (t[:, part].transpose(1, 2) for t in (query, key, value))
+        k, v = k.expand_as(q), v.expand_as(q)
+        found = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        wide[:, part] = found.transpose(1, 2)
+    return output
+
+
+def _heads(
+    rows: Tensor, layers: tuple[LoraLinear, ...], turn: tuple[Tensor, Tensor], width: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    """Room for the output, turned queries and keys, values, and the adapters' inner products.
+
+    Heads are (groups, tokens, heads of a group, width); keys and values have one of a group.
+    """
+    outs, lows = project(layers, rows.to(layers[0].product_dtype), parts(layers, len(rows)))
+    groups = outs[1].shape[1] // width
+    query, key, value = (_grouped(out, groups, width) for out in outs)
+    output = rows.new_empty(len(rows), outs[0].shape[1])
+    return output, _turned(query, *turn), _turned(key, *turn), value, lows
 
 
 class _Attend(torch.autograd.Function):
@@ -73,12 +112,8 @@ class _Attend(torch.autograd.Function):
     ) -> Tensor:
         ctx.layers, ctx.parts, ctx.lengths = layers, parts(layers, len(rows)), lengths
         ctx.width, ctx.scale = width, scale
-        outs, lows = project(layers, rows.to(layers[0].product_dtype), ctx.parts)
-        groups = outs[1].shape[1] // width
-        query, key, value = (_grouped(out, groups, width) for out in outs)
-        query, key = _turned(query, *turn), _turned(key, *turn).squeeze(2)
-        value = value.squeeze(2)
-        output = rows.new_empty(len(rows), outs[0].shape[1])
+        output, query, key, value, lows = _heads(rows, layers, turn, width)
+        groups, key, value = len(query), key.squeeze(2), value.squeeze(2)
         wide, kept = _grouped(output, groups, width), []
         for part, length in _segments(lengths):
             full = segment_length(length)

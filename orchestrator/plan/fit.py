@@ -218,7 +218,10 @@ def settle(need: Need) -> Settled:
     checkpointing = training.gradient_checkpointing
     if checkpointing == "auto":
         least = wanted if fixed else max(STEP, wanted // 8)
-        checkpointing = not _fits(Settled(need, least, False), _FILLED)
+        # The most first: it mostly fits, and is asked for below.
+        checkpointing = not any(
+            _fits(Settled(need, tokens, False), _FILLED) for tokens in (wanted, least)
+        )
     if fixed:
         return Settled(need, wanted, checkpointing)
     count = _largest(

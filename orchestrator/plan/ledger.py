@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from orchestrator.plan.results import result
+
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
 
 
@@ -55,14 +57,14 @@ class Ledger(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Run an operation and count the storages it made."""
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
+        found = result(func, args, kwargs or {})
+        for leaf in tree_leaves(found):
             if isinstance(leaf, Tensor) and leaf.device.type == "meta":
                 self._count(leaf)
         if func.overloadpacket.__name__ in _PRODUCTS:
             shapes = tuple((t.shape, t.stride()) for t in args if isinstance(t, Tensor))
             self.products.setdefault((func, shapes), len(self.events))
-        return result
+        return found
 
     def _count(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()

@@ -144,10 +144,18 @@ def trials_that_fit(
         if here:
             need = _beside(need, least)
     try:
-        fit = each if need is None else most_tenants(need, each)
+        fit = each if need is None else _tenants(need, each)
     except UnplannableError:
         fit = each
     return min(wanted, fit * least if apart else fit)
+
+
+def _tenants(need: Need, wanted: int) -> int:
+    """Adapters at once, at most `wanted`; of so many the run plans the same passes."""
+    all_of_them = replace(need, trials=wanted)
+    if settle(all_of_them).total <= need.machine.memory:
+        return wanted
+    return most_tenants(need, wanted)
 
 
 def workers_that_fit(job: JobConfig, cores: float) -> int:

@@ -14,6 +14,8 @@ from orchestrator.errors import ModelError, UnplannableError, first_line
 from orchestrator.plan.known import KNOWN
 from orchestrator.plan.standins import ATTENTION, register
 
+# By a config's content: a command plans the same model several times, for one trial and for many.
+_shapes: dict[Any, "Shape"] = {}
 # Linear layers with a forward pass of their own that is the same product. Others are no plain
 # layers, such as routers of experts: they get no adapter and are not quantized.
 _PRODUCTS = ("Conv1D", "FalconLinear")
@@ -62,9 +64,12 @@ def read_shape(config: ModelConfig) -> Shape:
     Raises:
         UnplannableError: the config is nowhere to be had, or is no causal language model's.
     """
-    loaded = _read_config(config)
-    trust = config.trust_remote_code
-    return replace(measure(build(loaded, trust_remote_code=trust)), trust_remote_code=trust)
+    loaded, trust = _read_config(config), config.trust_remote_code
+    content = (type(loaded), loaded.to_json_string(use_diff=False), trust)
+    if content not in _shapes:
+        shape = measure(build(loaded, trust_remote_code=trust))
+        _shapes[content] = replace(shape, trust_remote_code=trust)
+    return _shapes[content]
 
 
 def build(config: Any, dtype: str = "bfloat16", trust_remote_code: bool = False) -> Any:

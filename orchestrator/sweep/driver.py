@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.cluster.plan import WorkerPlan, plan_workers
-from orchestrator.cluster.session import Session, check_kept, session
+from orchestrator.cluster.session import Session, check_kept
 from orchestrator.config import JobConfig
 from orchestrator.errors import InterruptedRunError, OrchestratorError, last_line
+from orchestrator.imports import import_beside
 from orchestrator.plan import Gpu, refusal, unfit_trial
 from orchestrator.plan.fit import train_apart
 from orchestrator.sweep import places, space
@@ -30,6 +31,8 @@ _WAIT_SECONDS = 0.5
 # How long isolated trials may take to save their checkpoints when the user stops the sweep.
 _SAVE_SECONDS = 120.0
 _HASTE_SECONDS = 3.0
+# What the report is made with; optuna imports the last one when it is asked.
+_OF_THE_REPORT = ("orchestrator.sweep.report.pictures", "optuna.importance", "sklearn.ensemble")
 
 
 @dataclass(frozen=True)
@@ -70,12 +73,13 @@ class _Sweep:
         )
 
 
-def run(job: JobConfig, run_dir: Path, say: Callable[[str], None]) -> dict[str, Any]:
+def run(job: JobConfig, run_dir: Path, here: Session, say: Callable[[str], None]) -> dict[str, Any]:
     """Search, and wait for it.
 
     Args:
         job: the resolved job, whose sweep was checked.
         run_dir: the sweep's folder.
+        here: the session.
         say: is told what the user should know.
 
     Returns:
@@ -85,27 +89,24 @@ def run(job: JobConfig, run_dir: Path, say: Callable[[str], None]) -> dict[str, 
     Raises:
         OrchestratorError: the engine failed, or the user stopped it.
     """
-    with session(job.cluster.address, say) as here:
-        check_kept(run_dir)
-        if space.is_shared(job):
-            cluster = places.cluster_of(job, here)
-            plan = plan_workers(cluster, here.nodes, here.most, here.own)
-            on_gpu, gpu = plan.gpus > 0, look_at_gpu(plan, run_dir) if plan.gpus else None
-            job = leave_out(job, partial(_reason, on_gpu, gpu), say)
-            count = places.shared(job, plan, gpu, here.own)
-            apart = train_apart(count, plan.least)
-            _tell_places(run_dir, count)
-            if apart:
-                say(
-                    f"{count} trials at a time on {plan.least} workers, each with a base of its own"
-                )
-            else:
-                say(f"{count} trials at a time share one base on {plan.least} worker(s)")
-            return _shared(_Sweep(job, run_dir, here, plan, count, apart, say))
-        plan, count = places.isolated(job, here)
+    check_kept(run_dir)
+    if space.is_shared(job):
+        cluster = places.cluster_of(job, here)
+        plan = plan_workers(cluster, here.nodes, here.most, here.own)
+        on_gpu, gpu = plan.gpus > 0, look_at_gpu(plan, run_dir) if plan.gpus else None
+        job = leave_out(job, partial(_reason, on_gpu, gpu), say)
+        count = places.shared(job, plan, gpu, here.own)
+        apart = train_apart(count, plan.least)
         _tell_places(run_dir, count)
-        say(f"{count} trials at a time, each over a base of its own on {plan.least} worker(s)")
-        return _isolated(_Sweep(job, run_dir, here, plan, count, False, say))
+        if apart:
+            say(f"{count} trials at a time on {plan.least} workers, each with a base of its own")
+        else:
+            say(f"{count} trials at a time share one base on {plan.least} worker(s)")
+        return _shared(_Sweep(job, run_dir, here, plan, count, apart, say))
+    plan, count = places.isolated(job, here)
+    _tell_places(run_dir, count)
+    say(f"{count} trials at a time, each over a base of its own on {plan.least} worker(s)")
+    return _isolated(_Sweep(job, run_dir, here, plan, count, False, say))
 
 
 def _reason(on_gpu: bool, gpu: Gpu | None, job: JobConfig) -> str | None:
@@ -135,6 +136,7 @@ def _shared(sweep: _Sweep) -> dict[str, Any]:
                 raise OrchestratorError("The engine ended before the trials; see Ray's logs")
         _speak_for(sweep.trials_dir, tuning.result(), sweep.say)
         best = sweep.best()
+        import_beside(_OF_THE_REPORT)
         return engine.close(best and best.folder)
 
 

@@ -49,7 +49,6 @@ class RunningEngine:
             output_dir: the sweep's; machines share quantized bases in it.
         """
         self.desk = open_desk(places)
-        ray.get(self.desk.ready.remote(), timeout=_ANSWER_SECONDS)
         more = {
             "desk": self.desk,
             "trials": places,
@@ -60,6 +59,8 @@ class RunningEngine:
             lambda: run_workers(job, folder, plan, here, say, serve, more),
             lambda: ray.get(self.desk.engine_ended.remote(), timeout=_ANSWER_SECONDS),
         )
+        # The engine's processes start meanwhile.
+        ray.get(self.desk.ready.remote(), timeout=_ANSWER_SECONDS)
 
     @property
     def ended(self) -> bool:

@@ -73,6 +73,21 @@ def test_known_kinds_give_their_own_numbers_and_gradients(
         assert (mine - theirs).norm() < 1e-4 * theirs.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_pass_without_gradients_gives_the_numbers_of_one_with_them(dtype: torch.dtype) -> None:
+    base = wrap(llama().to(dtype), "ours")
+    adapters = AdapterSet(base.model)
+    adapter = trained_adapter(adapters)
+    tokens = torch.arange(sum(LENGTHS)) % tiny.VOCABULARY
+    with adapters.active([(adapter, 0, -1)]):
+        trained = hidden_states(base, tokens, LENGTHS)
+        with torch.no_grad():
+            measured = hidden_states(base, tokens, LENGTHS)
+    assert trained.requires_grad and not measured.requires_grad
+    close = 1e-5 if dtype == torch.float32 else 2e-2
+    assert (measured - trained).norm() < close * trained.norm()
+
+
 def test_another_activation_keeps_its_own_forward_pass() -> None:
     model = llama()
     for layer in model.model.layers:
