@@ -22,6 +22,9 @@ from pydantic import (
 from orchestrator.places import is_uri, mirror_dir
 
 Source = str | tuple[str, ...]
+# Keys in which trials over one base can differ, but for those of the passes that they share.
+_OF_THE_ADAPTER = ("lora.", "training.")
+_OF_THE_PASS = ("training.tokens_per_pass", "training.gradient_checkpointing")
 
 
 def _one_or_many(value: Any) -> Any:
@@ -279,7 +282,8 @@ class ClusterConfig(_Section):
     max_failures: Annotated[int, Field(ge=0)] = 3
     """Worker failures after which the run ends with exit status 1."""
     collective_timeout: Annotated[float, Field(ge=1)] = 600
-    """Seconds of silence after which a worker counts as dead and the run starts again."""
+    """Seconds of silence after which a worker counts as dead and the run starts again. Workers that
+    train trials of their own wait for no other, and none notices that one of them hangs."""
 
 
 class TrackingConfig(_Section):
@@ -360,6 +364,18 @@ class SweepConfig(_Section):
         if content.get("scheduler") == "pbt":
             content = {"searcher": "random", **content}
         return content
+
+    @property
+    def can_share(self) -> bool:
+        """Whether trials may be tenants of one base: all that is searched is the adapter's own."""
+        return all(
+            key.startswith(_OF_THE_ADAPTER) and key not in _OF_THE_PASS for key in self.search_space
+        )
+
+    @property
+    def shared(self) -> bool:
+        """Whether trials are tenants of one base."""
+        return self.placement != "isolated" and self.can_share
 
 
 class JobConfig(_Section):

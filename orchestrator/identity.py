@@ -27,6 +27,7 @@ _FREE_IN_SWEEPS = (
     "training.gradient_checkpointing",
     "cluster.",
     "tracking.",
+    "sweep.concurrent",
 )
 
 # A key, its value before and now.

@@ -52,6 +52,11 @@ class WorkerPlan:
         return self.workers if isinstance(self.workers, int) else self.workers[0]
 
     @property
+    def most(self) -> int:
+        """Workers that the job has at most."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
+
+    @property
     def elastic(self) -> bool:
         """Whether the run goes on with fewer workers, and grows."""
         return not isinstance(self.workers, int)

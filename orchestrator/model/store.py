@@ -8,6 +8,7 @@ import errno
 import gc
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -29,6 +30,7 @@ from orchestrator.model.support import check_architecture
 
 _LOCK_SECONDS = 4 * 3600
 _ATTEMPTS = 10
+_DAY_SECONDS = 86400.0
 # What a rename says where a folder with files is: Linux the first, some network disks the second.
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST)
 _CPU = torch.device("cpu")
@@ -77,6 +79,7 @@ def ensure(
         store.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{entry}.lock", timeout=_LOCK_SECONDS):
             if not _complete(entry):
+                _remove_left(entry, 0)
                 if shared is not None:
                     shared.fetch(entry)
                 if not _complete(entry):
@@ -118,8 +121,19 @@ class SharedFolder:
         Raises:
             OrchestratorError: the disk does not take it.
         """
-        if not _complete(self._folder / entry.name):
-            _copy(entry, self._folder / entry.name)
+        target = self._folder / entry.name
+        if not _complete(target):
+            # Another machine may be writing one; none does so for a day.
+            _remove_left(target, _DAY_SECONDS)
+            _copy(entry, target)
+
+
+def _remove_left(entry: Path, seconds: float) -> None:
+    """Remove what killed processes left beside an entry, where it is at least so old."""
+    for left in entry.parent.glob(f".{entry.name}-*"):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime >= seconds:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _copy(entry: Path, target: Path) -> None:
@@ -213,6 +227,10 @@ def _put_in_place(folder: Path, entry: Path) -> None:
             suppress(FileNotFoundError),  # another machine has moved it first
         ):
             entry.replace(aside)
+            if _complete(Path(aside)):
+                # Another machine has put a whole one there meanwhile.
+                with suppress(OSError):
+                    Path(aside).replace(entry)
     raise OSError(errno.ENOTEMPTY, "it is damaged, and others put it back", str(entry))
 
 

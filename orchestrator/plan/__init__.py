@@ -5,7 +5,14 @@ nothing of the rooms that do the work. That it mirrors them is what its tests ho
 """
 
 from orchestrator.plan.machine import Gpu, describe_gpu
-from orchestrator.plan.planner import Plan, plan_job, trials_that_fit, unfit_trial, workers_that_fit
+from orchestrator.plan.planner import (
+    Plan,
+    plan_job,
+    runs_that_fit,
+    trials_that_fit,
+    unfit_trial,
+    workers_that_fit,
+)
 from orchestrator.plan.show import describe, refusal
 from orchestrator.plan.sizes import parse_bytes
 
@@ -17,6 +24,7 @@ __all__ = [
     "parse_bytes",
     "plan_job",
     "refusal",
+    "runs_that_fit",
     "trials_that_fit",
     "unfit_trial",
     "workers_that_fit",

@@ -43,7 +43,8 @@ class Need:
 
     trials: adapters at a time on this device. longest: tokens of its longest example. short: of one
     of its short ones. most: tokens of all that a worker passes in a step, where known. examples:
-    what is trained on, where known. apart: whether each device trains trials of its own.
+    what is trained on, where known. engines: workers of which each trains trials of its own; one
+    where all train the same.
     """
 
     shape: Shape
@@ -54,12 +55,12 @@ class Need:
     most: int | None = None
     short: int = SHORT
     examples: Examples | None = None
-    apart: bool = False
+    engines: int = 1
 
     @property
-    def engines(self) -> int:
-        """Workers of which each trains trials of its own."""
-        return max(self.machine.gpus, self.machine.together) if self.apart else 1
+    def apart(self) -> bool:
+        """Whether each worker trains trials of its own."""
+        return self.engines > 1
 
     @property
     def steps(self) -> int | None:
@@ -125,7 +126,7 @@ class Settled:
         need = self.need
         if need.machine.cuda or (need.machine.gpus > 1 and not need.apart):
             return 0
-        threads = (os.cpu_count() or 1) // need.machine.together
+        threads = (os.cpu_count() or 1) // need.machine.processes
         lanes = max(1, min(need.trials, threads))
         return (lanes - 1) * self.largest_weight * WIDTH[self.products] // WIDTH[self.dtype]
 
@@ -251,6 +252,11 @@ def trials_at_once(job: JobConfig, cuda: bool, workers: int = 1) -> int:
     return min(most, sweep.trials)
 
 
+def engines(trials: int, workers: int) -> int:
+    """Workers of which each trains trials of its own; one where all train the same."""
+    return workers if train_apart(trials, workers) else 1
+
+
 def train_apart(trials: int, workers: int) -> bool:
     """Whether each worker trains trials of its own: where there is one for each.
 
@@ -271,9 +277,14 @@ def sharing(job: JobConfig) -> int:
     return max(1, round(1 / share)) if share != "auto" and 0 < share < 1 else 1
 
 
-def together(job: JobConfig) -> int:
+def on_one_gpu(job: JobConfig) -> int:
     """Workers of this job that share one GPU, at most."""
     return min(sharing(job), most_workers(job) or sharing(job))
+
+
+def processes_here(job: JobConfig) -> int:
+    """Workers of a job on CPUs that share this machine: all, but on a cluster that it names."""
+    return (most_workers(job) or 1) if job.cluster.address in ("auto", "local") else 1
 
 
 def cpu_workers(job: JobConfig, cores: float) -> int:

@@ -39,7 +39,7 @@ class Gpu:
 class Machine:
     """A device: its memory in bytes, what the framework takes of it, and how many there are.
 
-    together: processes of a run that share it where it is a CPU, of which each has so much memory.
+    processes: of a run that share it where it is a CPU, of which each has so much memory.
     """
 
     cuda: bool
@@ -48,7 +48,7 @@ class Machine:
     gpus: int
     bfloat16: bool
     at_hand: bool
-    together: int = 1
+    processes: int = 1
 
     @property
     def round_up(self) -> int:
@@ -61,7 +61,7 @@ def machine(
     gpus: int | None,
     cuda: bool | None = None,
     sharing: int = 1,
-    together: int = 1,
+    processes: int = 1,
     gpu: Gpu | None = None,
 ) -> Machine:
     """The device to plan for.
@@ -71,7 +71,7 @@ def machine(
         gpus: their number; None takes what is here.
         cuda: whether to train on the GPU at hand; None takes it where there is one.
         sharing: parts that a GPU is divided into, of whatever jobs.
-        together: processes of this run that share the device, this one included.
+        processes: of this run that share the device, this one included.
         gpu: the GPU to train on where another process has looked at it; None looks here.
     """
     import torch
@@ -81,19 +81,19 @@ def machine(
     if gpu_memory is not None:
         return Machine(True, gpu_memory // sharing, CUDA_CONTEXT, count, True, False)
     if not here:
-        return _this_cpu(count, together)
-    found = gpu or describe_gpu(together)
+        return _this_cpu(count, processes)
+    found = gpu or describe_gpu(processes)
     assert found is not None, "whoever asks for a GPU has one"
     # Others' parts are gone from what is free already; what is free, this run's workers share.
-    memory = min(found.free // together, found.total // sharing)
+    memory = min(found.free // processes, found.total // sharing)
     return Machine(True, memory, CUDA_CONTEXT, count, found.bfloat16, gpu is None)
 
 
-def describe_gpu(together: int = 1) -> Gpu | None:
+def describe_gpu(processes: int = 1) -> Gpu | None:
     """This process's GPU, in a look that leaves a context on it; None where it has none.
 
     Args:
-        together: processes of the run that are on this GPU by now, this one included.
+        processes: of the run that are on this GPU by now, this one included.
     """
     import torch
 
@@ -101,10 +101,10 @@ def describe_gpu(together: int = 1) -> Gpu | None:
         return None
     free, total = torch.cuda.mem_get_info()
     allowed = int(torch.cuda.get_per_process_memory_fraction() * total)
-    free = min(free + torch.cuda.memory_reserved(), together * allowed)
+    free = min(free + torch.cuda.memory_reserved(), processes * allowed)
     fast = torch.cuda.is_bf16_supported(including_emulation=False)
     # The contexts are there already, and no longer free.
-    return Gpu(free + together * CUDA_CONTEXT, total, fast)
+    return Gpu(free + processes * CUDA_CONTEXT, total, fast)
 
 
 def look_at_gpu() -> Gpu | None:

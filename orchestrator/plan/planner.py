@@ -14,12 +14,14 @@ from orchestrator.plan.fit import (
     Need,
     Settled,
     cpu_workers,
+    engines,
     largest_rank,
     most_tenants,
     most_workers,
+    on_one_gpu,
+    processes_here,
     settle,
     sharing,
-    together,
     train_apart,
     trials_at_once,
     trials_each,
@@ -96,7 +98,7 @@ def plan_job(
     shape = read_shape(job.model)
     cuda = False if job.cluster.gpus_per_worker == 0 else None
     count = gpus or most_workers(job)
-    device = machine(gpu_memory, count, cuda, sharing(job), together(job))
+    device = machine(gpu_memory, count, cuda, sharing(job), on_one_gpu(job))
     need = Need(
         shape,
         device,
@@ -105,6 +107,8 @@ def plan_job(
         longest or job.data.max_length,
         examples=count_examples(job.data, job.model),
     )
+    if not device.cuda and processes_here(job) > 1:
+        need = _beside(need, processes_here(job))
     if trials is None:
         need = _with_trials(need)
     plan = make_plan(need, calibrate)
@@ -133,16 +137,14 @@ def trials_that_fit(
         cuda: whether it trains on GPUs; this machine may be one without.
         gpu: what a worker's machine has, by `describe_gpu`; None looks at this machine's.
         workers: how many train, or between which numbers; the fewest must hold all.
-        here: whether they share this machine's memory.
+        here: whether all of them share this machine's memory.
     """
     least, most = workers if isinstance(workers, tuple) else (workers, workers)
     wanted = trials_at_once(job, cuda, most)
     apart, each = train_apart(wanted, least), min(trials_each(wanted, least), MOST_TRIALS)
-    need = _need_here(job, cuda, gpu)
-    if need is not None and apart:
-        need = replace(need, apart=True)
-        if here:
-            need = _beside(need, least)
+    need = _need_here(job, cuda, gpu, most if here else 1)
+    if need is not None:
+        need = replace(need, engines=engines(wanted, least))
     try:
         fit = each if need is None else _tenants(need, each)
     except UnplannableError:
@@ -167,7 +169,7 @@ def workers_that_fit(job: JobConfig, cores: float) -> int:
     """
     need, most = _need_here(job, False, None), cpu_workers(job, cores)
     try:
-        return most if need is None else _as_many_as_fit(need, most).machine.together
+        return most if need is None else _as_many_as_fit(need, most).machine.processes
     except UnplannableError:
         return most
 
@@ -177,12 +179,14 @@ def _as_many_as_fit(need: Need, most: int) -> Need:
 
     Not of so many that they would have to recompute layers for it.
     """
-    alone, job = settle(need), need.job
+    job = need.job
     told = job.sweep is not None and job.sweep.concurrent != "auto"
+    alone = settle(replace(need, trials=trials_at_once(job, False) if told else 1))
     for workers in range(most, 1, -1):
         wanted = trials_at_once(job, False, workers)
         trials = trials_each(wanted, workers) if told else 1
-        found = replace(_beside(need, workers), trials=trials, apart=train_apart(wanted, workers))
+        each = _beside(need, workers)
+        found = replace(each, trials=trials, engines=engines(wanted, workers))
         settled = settle(found)
         recomputes = settled.checkpointing and not alone.checkpointing
         if settled.total <= found.machine.memory and not recomputes:
@@ -192,11 +196,34 @@ def _as_many_as_fit(need: Need, most: int) -> Need:
 
 def _beside(need: Need, workers: int) -> Need:
     """The job as one of so many processes of this machine, none of which has begun."""
-    share = machine(None, need.machine.gpus, False, together=workers)
+    share = machine(None, need.machine.gpus, False, processes=workers)
     return replace(need, machine=replace(share, memory=free_bytes(workers)))
 
 
-def unfit_trial(job: JobConfig, cuda: bool, gpu: Gpu | None = None) -> Plan | None:
+def runs_that_fit(job: JobConfig, most: int, workers: int) -> int:
+    """How many runs of a trial each, at most `most`, this machine's memory holds at a time.
+
+    Args:
+        job: the sweep's job.
+        most: as its cores allow.
+        workers: of each run, on CPUs.
+    """
+    need = _need_here(job, False, None)
+    if need is None:
+        return most
+    try:
+        for runs in range(most, 1, -1):
+            found = _beside(need, runs * workers)
+            if settle(found).total <= found.machine.memory:
+                return runs
+    except UnplannableError:
+        return most
+    return min(most, 1)
+
+
+def unfit_trial(
+    job: JobConfig, cuda: bool, gpu: Gpu | None = None, processes: int = 1
+) -> Plan | None:
     """The plan of one trial that does not fit the device at hand; None where it fits.
 
     None too where that is not to be known.
@@ -205,14 +232,16 @@ def unfit_trial(job: JobConfig, cuda: bool, gpu: Gpu | None = None) -> Plan | No
         job: the trial's job.
         cuda: whether it trains on GPUs; this machine may be one without.
         gpu: what a worker's machine has, by `describe_gpu`; None looks at this machine's.
+        processes: workers on CPUs that share this machine.
     """
-    need = _need_here(job, cuda, gpu)
+    need = _need_here(job, cuda, gpu, processes)
     if need is None or settle(need).total <= need.machine.memory:
         return None
     return make_plan(need, calibrate=False)
 
 
-def _need_here(job: JobConfig, cuda: bool, gpu: Gpu | None) -> Need | None:
+def _need_here(job: JobConfig, cuda: bool, gpu: Gpu | None, processes: int = 1) -> Need | None:
+    """One trial of a job on the device at hand; None where that is not to be known."""
     if cuda and gpu is None:
         gpu = look_at_gpu()
         if gpu is None:
@@ -221,14 +250,15 @@ def _need_here(job: JobConfig, cuda: bool, gpu: Gpu | None) -> Need | None:
         shape = read_shape(job.model)
     except UnplannableError:
         return None
-    device = machine(None, most_workers(job), cuda, sharing(job), together(job), gpu)
-    return Need(shape, device, job, 1, job.data.max_length)
+    device = machine(None, most_workers(job), cuda, sharing(job), on_one_gpu(job), gpu)
+    need = Need(shape, device, job, 1, job.data.max_length)
+    return need if cuda or processes == 1 else _beside(need, processes)
 
 
 def _with_trials(need: Need) -> Need:
     """The job with as many trials on each device as its sweep trains there at a time."""
     job, most = need.job, need.machine.gpus
-    if job.sweep is None:
+    if job.sweep is None or not job.sweep.shared:
         return need
     least = most
     if isinstance(job.cluster.workers, tuple):
@@ -238,9 +268,9 @@ def _with_trials(need: Need) -> Need:
     elif job.cluster.workers == "auto":
         # As a Ray of its own has it.
         need = _as_many_as_fit(need, cpu_workers(job, os.cpu_count() or 1))
-        least = most = need.machine.together
+        least = most = need.machine.processes
     wanted = trials_at_once(job, need.machine.cuda, most)
-    need = replace(need, apart=train_apart(wanted, least))
+    need = replace(need, engines=engines(wanted, least))
     return replace(need, trials=_trials(need, trials_each(wanted, least)))
 
 
@@ -276,7 +306,7 @@ def make_plan(need: Need, calibrate: bool = True) -> Plan:
             "compute_dtype": settled.dtype,
             "device": "cuda" if device.cuda else "cpu",
             "gpus": device.gpus,
-            "processes": device.together,
+            "processes": device.processes,
             "trials": trials,
             "base_bytes": {
                 "packed": settled.base.packed,

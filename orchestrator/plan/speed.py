@@ -1,10 +1,12 @@
 """Expected tokens per second: the step's operations over the device's measured product rate."""
 
+import os
 import time
 from dataclasses import dataclass
 from functools import lru_cache
 
 from orchestrator.plan.fit import Settled, all_trials, largest_batch
+from orchestrator.plan.machine import Machine
 from orchestrator.plan.parts import target_layers
 
 # Share of the rate of matrix products that a step reaches; the rest goes to norms, attention,
@@ -29,7 +31,7 @@ def pace(settled: Settled) -> Pace:
     """Time the device's matrix products for a moment and divide."""
     need = settled.need
     rate = product_rate(need.machine.cuda, settled.products, need.shape.hidden)
-    speed = _SHARE * rate / operations(settled) * need.machine.gpus
+    speed = _SHARE * rate / operations(settled) * _at_once(need.machine)
     trials, steps, examples = all_trials(need.job), need.steps, need.examples
     if steps is None:
         return Pace(speed)
@@ -42,6 +44,17 @@ def pace(settled: Settled) -> Pace:
         # However many train at a time, they share the devices.
         rests_on = f"at most {trials} trials of {rests_on}"
     return Pace(speed, trials * steps * batch * length / speed, rests_on)
+
+
+def _at_once(device: Machine) -> int:
+    """Devices that are as fast as this process: of those that share its CPU, some wait."""
+    if device.cuda:
+        return device.gpus
+    import torch
+
+    cores = os.cpu_count() or 1
+    here = max(1, min(device.processes, cores // torch.get_num_threads()))
+    return here * max(1, device.gpus // device.processes)
 
 
 def operations(settled: Settled) -> float:

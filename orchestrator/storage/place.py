@@ -19,6 +19,7 @@ from orchestrator.tracking.cursor import Cursor
 from orchestrator.tracking.observer import stop_path
 
 _PROOF = ".shared"
+_OF_TRIALS = "trials/*/checkpoints"
 
 
 class Place:
@@ -38,7 +39,7 @@ class Place:
 
     def begun(self) -> bool:
         """Whether training began."""
-        return (self.folder / "checkpoints").exists()
+        return any(next(self.folder.glob(pattern), None) for pattern in ("checkpoints", _OF_TRIALS))
 
     def open(self) -> None:
         """For the command, at its start: see what is there."""

@@ -25,7 +25,7 @@ _SILENT_SECONDS = 180.0
 class Answer:
     """What became of a trial's wish. All empty: nothing yet, ask again.
 
-    gone: why the engine is no more; the trial waits to be ended.
+    gone: the engine is no more; the trial waits to be ended.
     """
 
     report: dict[str, Any] | None = None

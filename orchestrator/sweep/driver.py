@@ -4,7 +4,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -91,12 +91,16 @@ def run(job: JobConfig, run_dir: Path, here: Session, say: Callable[[str], None]
     """
     check_kept(run_dir)
     if space.is_shared(job):
-        cluster = places.cluster_of(job, here)
-        plan = plan_workers(cluster, here.nodes, here.most, here.own)
+        plan = plan_workers(job.cluster, here.nodes, here.most, here.own)
         on_gpu, gpu = plan.gpus > 0, look_at_gpu(plan, run_dir) if plan.gpus else None
-        job = leave_out(job, partial(_reason, on_gpu, gpu), say)
+        processes = plan.most if here.own and not on_gpu else 1
+        job = leave_out(job, partial(_reason, on_gpu, gpu, processes), say)
+        # How many there are of `auto` depends on what was left out.
+        plan = plan_workers(places.cluster_of(job, here), here.nodes, here.most, here.own)
         count = places.shared(job, plan, gpu, here.own)
         apart = train_apart(count, plan.least)
+        if apart:
+            plan = places.with_trials_for_all(plan, count)
         _tell_places(run_dir, count)
         if apart:
             say(f"{count} trials at a time on {plan.least} workers, each with a base of its own")
@@ -109,10 +113,10 @@ def run(job: JobConfig, run_dir: Path, here: Session, say: Callable[[str], None]
     return _isolated(_Sweep(job, run_dir, here, plan, count, False, say))
 
 
-def _reason(on_gpu: bool, gpu: Gpu | None, job: JobConfig) -> str | None:
+def _reason(on_gpu: bool, gpu: Gpu | None, processes: int, job: JobConfig) -> str | None:
     """Why a trial's job cannot be trained here, if so."""
     try:
-        plan = unfit_trial(job.model_copy(update={"sweep": None}), on_gpu, gpu)
+        plan = unfit_trial(job.model_copy(update={"sweep": None}), on_gpu, gpu, processes)
     except OrchestratorError:
         # A trial that cannot be at all, such as one of a layer that is not there, fails by itself.
         return None
@@ -156,7 +160,8 @@ def _isolated(sweep: _Sweep) -> dict[str, Any]:
     best = sweep.best()
     if best is None:
         return {}
-    with _engine(sweep, best.job, sweep.run_dir) as engine:
+    alone = replace(sweep, places=1, apart=False)
+    with _engine(alone, best.job, sweep.run_dir) as engine:
         # It has trained nothing, so its memory says nothing.
         return {"proof": engine.close(best.folder).get("proof")}
 

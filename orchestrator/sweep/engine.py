@@ -3,6 +3,7 @@
 import json
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def _serve(config: dict[str, Any], device: Any, world: Any, observer: Any) -> di
     from orchestrator.plan.fit import train_apart
     from orchestrator.training import memory, proof
     from orchestrator.training.host import Host
-    from orchestrator.training.run import open_ground
+    from orchestrator.training.run import open_ground, tell_shortened
 
     # A group that may begin with one worker, which has the memory for all trials, may have more.
     apart = config["apart"] or train_apart(config["trials"], world.size)
@@ -52,8 +53,12 @@ def _serve(config: dict[str, Any], device: Any, world: Any, observer: Any) -> di
         world.part()
     entry, dtype = ground.entry, ground.engine.base.dtype
     membership = DeskMembership(config["desk"], engine, engines, places)
+    host = Host(ground, membership, observer, places)
+    if apart and not world.leads:
+        # The journals of its trials are all that anybody reads of it.
+        ground.engine.shortened = partial(tell_shortened, host.emit)
     with membership.all_hear():
-        best = Host(ground, membership, observer, places).run()
+        best = host.run()
     results = {"workers": world.size, "peak_memory_bytes": memory.peak_bytes(device)}
     if best is None or not world.leads:
         return results
@@ -119,7 +124,7 @@ class DeskMembership:
                 try:
                     _answer(self._desk.broken.remote(error))
                 except (OrchestratorError, ray.exceptions.RayError) as silence:
-                    # Ray starts all of them again.
+                    # Ray starts all of them again; where the desk hears of it after all, they end.
                     raise WorkerLostError(str(error)) from silence
             raise
 

@@ -1,10 +1,12 @@
 """How many trials are trained at a time, and with what each. Pure but for the plan it asks."""
 
+from dataclasses import replace
+
 from orchestrator.cluster.plan import Resources, WorkerPlan, plan_workers
 from orchestrator.cluster.session import Session
 from orchestrator.config import ClusterConfig, JobConfig, SweepConfig
 from orchestrator.errors import RefusedError
-from orchestrator.plan import Gpu, trials_that_fit, workers_that_fit
+from orchestrator.plan import Gpu, runs_that_fit, trials_that_fit, workers_that_fit
 from orchestrator.plan.fit import trials_at_once
 
 
@@ -36,6 +38,12 @@ def shared(job: JobConfig, plan: WorkerPlan, gpu: Gpu | None, own: bool) -> int:
     return max(1, trials_that_fit(job, on_gpu, gpu, plan.workers, own and not on_gpu))
 
 
+def with_trials_for_all(plan: WorkerPlan, count: int) -> WorkerPlan:
+    """Workers of which each trains some of so many trials: a group grows to no more than those."""
+    most = max(plan.least, min(plan.most, count))
+    return replace(plan, workers=most if most == plan.least else (plan.least, most))
+
+
 def isolated(job: JobConfig, here: Session) -> tuple[WorkerPlan, int]:
     """What each trial's own run gets, and how many such runs go on at a time.
 
@@ -53,6 +61,8 @@ def isolated(job: JobConfig, here: Session) -> tuple[WorkerPlan, int]:
     if sweep.concurrent == "auto":
         # More nodes may never come; where there are none yet, some must.
         count = min(sweep.trials, _runs(plan, here.here) or room)
+        if here.own and not plan.gpus:
+            count = runs_that_fit(job, count, plan.least)
     else:
         count = min(int(sweep.concurrent), sweep.trials)
         if count > room:

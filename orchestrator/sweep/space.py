@@ -15,8 +15,6 @@ from orchestrator.jobfile import job_from_mapping
 
 Params = Mapping[str, Any]
 # What belongs to the adapter alone may differ between tenants of one base.
-_OF_THE_ADAPTER = ("lora.", "training.")
-_OF_THE_PASS = ("training.tokens_per_pass", "training.gradient_checkpointing")
 _NOT_SEARCHED = ("name", "output_dir", "tracking", "cluster", "sweep", "evaluation", "checkpoint")
 # Of all keys' values so many pairs are tried; a trial of another that is bad fails by itself.
 _MOST_PAIRS = 2048
@@ -85,13 +83,7 @@ def is_shared(job: JobConfig) -> bool:
     """Whether trials are tenants of one base: where all that is searched is the adapter's own."""
     sweep = job.sweep
     assert sweep is not None
-    return sweep.placement != "isolated" and _can_share(sweep)
-
-
-def _can_share(sweep: SweepConfig) -> bool:
-    return all(
-        key.startswith(_OF_THE_ADAPTER) and key not in _OF_THE_PASS for key in sweep.search_space
-    )
+    return sweep.shared
 
 
 def grid_order(sweep: SweepConfig, values: list[Any]) -> list[Any]:
@@ -225,12 +217,12 @@ def _check_searcher(sweep: SweepConfig) -> None:
             raise RefusedError(
                 "sweep.searcher: pbt changes trials by itself, so it goes with random only"
             )
-        if not _can_share(sweep):
+        if not sweep.can_share:
             raise RefusedError(
                 "sweep.scheduler: pbt moves adapters between trials, so only lora.* and "
                 "training.* can differ"
             )
-    if sweep.placement == "shared" and not _can_share(sweep):
+    if sweep.placement == "shared" and not sweep.can_share:
         raise RefusedError(
             "sweep.placement: trials share one base, so only lora.* and training.* can differ; "
             "take auto or isolated"

@@ -64,7 +64,7 @@ def decide(
         need = replace(
             _need(job, model, longest, most, device, world, trials),
             short=int(np.quantile(lengths, _SHORT)),
-            apart=apart,
+            engines=world.size if apart else 1,
             examples=Examples(len(lengths), int(lengths.sum()), "exactly"),
         )
         plan = make_plan(need, calibrate=world.leads)
@@ -91,7 +91,7 @@ def check_before_download(
     no_data = job.model_copy(update={"data": data})
     try:
         need = _need(no_data, job.model, _LEAST, _LEAST, device, world, trials)
-        plan = make_plan(replace(need, apart=apart), calibrate=False)
+        plan = make_plan(replace(need, engines=world.size if apart else 1), calibrate=False)
     except UnplannableError:
         # Whoever fetches the model says what is wrong with its name.
         return

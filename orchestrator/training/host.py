@@ -77,6 +77,11 @@ class Host:
         finally:
             self._lanes.close()
 
+    def emit(self, event: str, **fields: Any) -> None:
+        """Tell all members."""
+        for state in self._courses.values():
+            state.observer.emit(event, **fields)
+
     def _run(self) -> Path | None:
         while True:
             wishes: Wishes = self._world.from_leader(

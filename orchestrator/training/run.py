@@ -2,6 +2,7 @@
 
 import platform
 import time
+from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -164,7 +165,7 @@ def open_ground(
     budget.apply(chosen, base.model)
     team = world.alone() if apart else world
     engine = Engine(
-        base, AdapterSet(base.model), team, chosen.tokens, partial(_tell_shortened, observer)
+        base, AdapterSet(base.model), team, chosen.tokens, partial(tell_shortened, observer.emit)
     )
     return Ground(entry, data, tokenizer, engine)
 
@@ -179,11 +180,12 @@ def _config_at(config: ModelConfig, path: Path) -> ModelConfig:
     return config.model_copy(update={"base": str(path), "revision": None})
 
 
-def _tell_shortened(observer: Observer, before: int, after: int) -> None:
-    observer.emit("budget", tokens_per_pass=after, before=before)
+def tell_shortened(emit: Callable[..., None], before: int, after: int) -> None:
+    """Say that passes take fewer tokens from here on, or again as many."""
+    emit("budget", tokens_per_pass=after, before=before)
     if after >= before:
         return
-    observer.emit(
+    emit(
         "warning",
         message=f"Out of memory: from here on a pass takes at most {after} tokens, not {before}. "
         "The result stays the same",

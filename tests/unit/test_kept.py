@@ -84,6 +84,7 @@ def test_a_sweep_that_changed_is_refused(
     job = _begun(_job(tmp_path), trials=True)
     check_sweep(job, job.run_dir)
     check_sweep(_job(tmp_path, cluster={"workers": 1}), job.run_dir)
+    check_sweep(_job(tmp_path, sweep={"concurrent": 1}), job.run_dir)
     with pytest.raises(RefusedError, match=rf"{key}.* was .*another name"):
         check_sweep(_job(tmp_path, **sections), job.run_dir)
 

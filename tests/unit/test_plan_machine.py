@@ -15,14 +15,16 @@ from orchestrator.plan import (
     describe_gpu,
     plan_job,
     planner,
+    runs_that_fit,
+    speed,
     trials_that_fit,
     unfit_trial,
     workers_that_fit,
 )
 from orchestrator.plan import machine as machines
 from orchestrator.plan.fit import (
+    on_one_gpu,
     sharing,
-    together,
     train_apart,
     trials_at_once,
     trials_each,
@@ -64,13 +66,13 @@ def test_a_process_has_what_is_free_and_what_it_holds(gpu: SimpleNamespace) -> N
 def test_who_shares_a_gpu_gets_a_part_of_what_the_others_left(gpu: SimpleNamespace) -> None:
     # Another job has half of it, and this run has one worker for the other half.
     gpu.free = 20 * GIB - CUDA_CONTEXT
-    assert machine(None, None, True, sharing=2, together=1).memory == 20 * GIB
+    assert machine(None, None, True, sharing=2, processes=1).memory == 20 * GIB
     # A job of one part has no more than that of an empty GPU.
     gpu.free = 40 * GIB - CUDA_CONTEXT
-    assert machine(None, None, True, sharing=2, together=1).memory == 20 * GIB
+    assert machine(None, None, True, sharing=2, processes=1).memory == 20 * GIB
     # Two workers of this run, whose contexts are there by now.
     gpu.free = 40 * GIB - 2 * CUDA_CONTEXT
-    assert machine(None, None, True, sharing=2, together=2).memory == 20 * GIB
+    assert machine(None, None, True, sharing=2, processes=2).memory == 20 * GIB
 
 
 @pytest.mark.parametrize(
@@ -86,7 +88,7 @@ def test_a_gpu_has_no_more_workers_of_a_job_than_the_job_has(
     cluster: dict[str, object], parts: int, own: int
 ) -> None:
     job = make_job(BASE, cluster=cluster)
-    assert (sharing(job), together(job)) == (parts, own)
+    assert (sharing(job), on_one_gpu(job)) == (parts, own)
 
 
 def test_trials_are_counted_for_the_gpu_of_a_workers_machine() -> None:
@@ -153,6 +155,75 @@ def test_a_group_that_may_shrink_has_the_trials_that_its_fewest_workers_hold() -
     assert trials_that_fit(job, True, A100, (16, 32)) == 32
     small = Gpu(free=16 * GIB, total=16 * GIB, bfloat16=True)
     assert trials_that_fit(job, True, small, (1, 32)) == trials_that_fit(job, True, small)
+
+
+def test_workers_of_this_machine_share_its_memory_whatever_they_train(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, free = "HuggingFaceTB/SmolLM2-135M", 64 * GIB
+    for room in (machines, planner):
+        monkeypatch.setattr(room, "free_bytes", lambda sharing=1: free // sharing)
+
+    def job(workers: Any, address: str = "auto", **sweep: Any) -> Any:
+        cluster = {"workers": workers, "address": address}
+        return make_job(model, cluster=cluster, training=SET, **sweep)
+
+    alone = plan_job(job("auto"))
+    free = 3 * alone.per_gpu_bytes["total"]
+    # The fine-tune of two workers fits into the halves, that of four not into the quarters.
+    assert plan_job(job(2)).fits and not plan_job(job(4)).fits
+    # On a cluster that it names they may be on as many machines.
+    assert plan_job(job(4, "10.0.0.1:6379")).fits
+    assert unfit_trial(job(4), False) is None and unfit_trial(job(4), False, None, 4) is not None
+    # Three trials that four workers train together, and as many as one to four workers hold.
+    for workers in (4, (1, 4)):
+        wide = job(workers, sweep={"trials": 3, "concurrent": 3})
+        assert trials_that_fit(wide, False, None, workers) == 3
+        assert trials_that_fit(wide, False, None, workers, here=True) == 0
+
+
+def test_isolated_runs_share_this_machines_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = {"placement": "isolated", "trials": 8, "concurrent": 8}
+    job = make_job("HuggingFaceTB/SmolLM2-135M", sweep=sweep, training=SET)
+    free = 64 * GIB
+    for room in (machines, planner):
+        monkeypatch.setattr(room, "free_bytes", lambda sharing=1: free // sharing)
+    plan = plan_job(job, calibrate=False)
+    # Each is a run of one adapter.
+    assert plan.details["trials"] == plan.details["processes"] == 1
+    assert runs_that_fit(job, 8, 1) == 8
+    free = int(4.5 * plan.per_gpu_bytes["total"])
+    assert [runs_that_fit(job, most, 1) for most in (0, 1, 2, 8)] == [0, 1, 2, 4]
+    assert runs_that_fit(job, 8, 2) == 2
+
+
+def test_advice_counts_the_workers_that_hold_the_trials() -> None:
+    def advised(workers: Any) -> int:
+        sweep = {"trials": 64, "concurrent": 32}
+        job = make_job(BASE, lora={"rank": 64}, cluster={"workers": workers}, sweep=sweep)
+        (advice,) = plan_job(job, 16 * GIB, calibrate=False).advice
+        return int(advice.removeprefix("sweep.concurrent="))
+
+    # Where there may be two to eight, the two must hold them.
+    assert 4 * advised((2, 8)) == 4 * advised(2) == advised(8)
+
+
+def test_a_process_that_shares_its_cores_is_no_second_machine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(speed, "product_rate", lambda *_: 1e12)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    threads = 8
+
+    def rate(workers: int) -> Any:
+        job = make_job("HuggingFaceTB/SmolLM2-135M", cluster={"workers": workers}, training=SET)
+        return plan_job(job).details["tokens_per_second"]
+
+    assert rate(2) == pytest.approx(rate(1))
+    threads = 4
+    # A worker with half of the cores is one of two that are as fast.
+    assert rate(2) == pytest.approx(2 * rate(1))
 
 
 def test_a_trial_is_refused_by_the_gpu_of_a_workers_machine() -> None:

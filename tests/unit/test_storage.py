@@ -15,6 +15,7 @@ from orchestrator.jobfile import job_from_mapping
 from orchestrator.places import CACHE_VARIABLE
 from orchestrator.storage.background import patiently, repeated
 from orchestrator.storage.mirror import Mirror
+from orchestrator.storage.place import Place
 from orchestrator.storage.store import Store
 from orchestrator.storage.uri import below
 from orchestrator.tracking.cursor import Cursor
@@ -93,6 +94,16 @@ def test_another_machine_finds_the_run(there: Path, tmp_path: Path) -> None:
     found = checkpoint.newest(tmp_path / "two" / "checkpoints", pytest.fail)
     assert found is not None and torch.equal(found.tensors["adapter"]["a"], torch.full((3,), 4.0))
     assert Cursor.load(tmp_path / "two").run_key == Cursor.load(tmp_path / "one").run_key
+
+
+def test_a_run_or_a_trial_with_a_checkpoint_has_begun(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    (tmp_path / "trials" / "a").mkdir(parents=True)
+    assert not place.begun()
+    (tmp_path / "trials" / "a" / "checkpoints").mkdir()
+    assert place.begun()
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    assert Place(tmp_path / "run").begun()
 
 
 def test_journal_first_then_checkpoints_with_their_digests_last(

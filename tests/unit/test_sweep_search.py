@@ -9,7 +9,7 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.schedulers.pbt import _explore
 from ray.tune.search import BasicVariantGenerator
 
-from orchestrator.cluster.plan import Resources
+from orchestrator.cluster.plan import Resources, WorkerPlan
 from orchestrator.cluster.session import Session
 from orchestrator.config import JobConfig
 from orchestrator.plan.fit import cpu_workers
@@ -147,6 +147,28 @@ def test_our_own_cpus_have_a_worker_for_each_trial_at_a_time(
     assert workers(job.model_copy(update={"cluster": large}), True, 16) == 2
     told = job.cluster.model_copy(update={"workers": 1})
     assert workers(job.model_copy(update={"cluster": told}), True, 8) == 1
+
+
+def test_isolated_trials_of_our_own_cpus_are_as_many_as_the_memory_holds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(places, "runs_that_fit", lambda job, most, workers: most // 2)
+    space = {"data.max_length": {"choice": [256, 512]}}
+
+    def runs(own: bool, **sweep: Any) -> int:
+        return places.isolated(_job(space, **sweep), Session(own, (Resources(8, 0),), None))[1]
+
+    assert (runs(True, trials=20), runs(False, trials=20)) == (4, 8)
+    # Who says how many means it.
+    assert runs(True, trials=20, concurrent=6) == 6
+
+
+def test_a_group_grows_to_no_more_workers_than_have_a_trial() -> None:
+    def workers(workers: Any, count: int) -> Any:
+        return places.with_trials_for_all(WorkerPlan(workers, 1, 1, 1), count).workers
+
+    assert [workers((2, 16), count) for count in (2, 4, 32)] == [2, (2, 4), (2, 16)]
+    assert workers(4, 8) == 4
 
 
 def test_isolated_trials_wait_for_what_an_autoscaler_adds() -> None:
