@@ -30,6 +30,8 @@ Say = Callable[[str], None]
 # How long the command waits at its end for MLflow to take what is left.
 _DELIVERY_SECONDS = 60.0
 _PENDING_SECONDS = 20.0
+# What a sweep's command imports while Ray starts: for the plan of its memory, and MLflow.
+_OF_A_SWEEP = ("transformers.modeling_utils", "orchestrator.tracking.replay")
 
 
 def finetune(
@@ -125,6 +127,7 @@ def _sweep(
     # when it is imported.
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     quiet_libraries()
+    from orchestrator.cluster.session import session
     from orchestrator.sweep.finish import conclude, results, settle
     from orchestrator.sweep.outcome import spent_seconds
 
@@ -133,12 +136,18 @@ def _sweep(
         # The pause before it is none of the sweep's time.
         observer.emit("command")
     delivery, trials = Delivery(job, run_dir, say), TrialDeliveries(job, run_dir, say)
-    delivery.start()
-    trials.start()
     status, error, engine = "failed", None, {}
     try:
-        with watch(run_dir) if watch else _nothing(), _stop_on_interrupt(run_dir):
-            engine = _search_on_ray(job, run_dir, say)
+        with (
+            watch(run_dir) if watch else _nothing(),
+            _stop_on_interrupt(run_dir),
+            session(job.cluster.address, say, _OF_A_SWEEP) as here,
+        ):
+            from orchestrator.sweep.driver import run
+
+            delivery.start()
+            trials.start()
+            engine = run(job, run_dir, here, say)
         with JournalObserver(run_dir) as observer:
             conclude(job, run_dir, engine, observer, lambda: _registered(job, delivery))
         status = "finished"
@@ -260,16 +269,6 @@ def _train_on_ray(job: JobConfig, place: Place, say: Say) -> dict[str, Any]:
         from orchestrator.cluster.driver import run
 
         return run(job, place.folder, here, say)
-
-
-def _search_on_ray(job: JobConfig, run_dir: Path, say: Say) -> dict[str, Any]:
-    from orchestrator.cluster.session import session
-
-    # The plan of the trials' memory needs it.
-    with session(job.cluster.address, say, ("transformers.modeling_utils",)) as here:
-        from orchestrator.sweep.driver import run
-
-        return run(job, run_dir, here, say)
 
 
 def _resolve(

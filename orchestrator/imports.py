@@ -2,35 +2,42 @@
 
 import gc
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
-from threading import Lock, Thread
+from threading import Lock, RLock, Thread
 from typing import Any
 
 _importing = Lock()
+_uncollected = RLock()
 
 
 @contextmanager
 def uncollected() -> Iterator[None]:
     """Around imports: they leave no garbage, and looking for it takes a seventh of their time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
+    with _uncollected:
+        was_enabled = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if was_enabled:
+                gc.enable()
 
 
-def import_beside(libraries: Sequence[str]) -> None:
-    """Import in a thread, while this one waits for other processes."""
+def import_beside(libraries: Sequence[str]) -> Thread:
+    """Import in a thread, while this one waits for other processes.
+
+    Of a library that cannot be imported hears who needs it.
+    """
 
     def work() -> None:
-        with uncollected():
+        with uncollected(), suppress(Exception):
             for name in libraries:
                 import_module(name)
 
-    Thread(target=work, daemon=True).start()
+    thread = Thread(target=work, daemon=True)
+    thread.start()
+    return thread
 
 
 def import_bitsandbytes() -> Any:

@@ -39,8 +39,10 @@ class _Gloo(Backend):  # type: ignore[misc]
         """All workers meet at the first one's address."""
         address, port = worker_group.execute_single(0, get_address_and_port)
         size = len(worker_group)
-        told = {"address": address, "port": port, "size": size, "timeout": backend_config.timeout}
-        ray.get([worker_group.execute_single_async(i, join, i, **told) for i in range(size)])
+        # All have imported torch before any of them waits for the others.
+        worker_group.execute(prepare, address, port)
+        seconds = backend_config.timeout
+        ray.get([worker_group.execute_single_async(i, join, i, size, seconds) for i in range(size)])
 
     def on_shutdown(self, worker_group: Any, backend_config: GlooGroup) -> None:
         """They leave it; who does not in time is ended all the same."""
@@ -53,12 +55,18 @@ class _Gloo(Backend):  # type: ignore[misc]
             return
 
 
-def join(rank: int, size: int, address: str, port: int, timeout: int) -> None:
-    """Become one of a group; called on a worker."""
-    from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch_process_group
+def prepare(address: str, port: int) -> None:
+    """Learn where the group meets; called on a worker."""
+    from ray.train.torch.config import _set_torch_distributed_env_vars
 
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = address, str(port)
     _set_torch_distributed_env_vars()
+
+
+def join(rank: int, size: int, timeout: int) -> None:
+    """Become one of a group; called on a worker."""
+    from ray.train.torch.config import _setup_torch_process_group
+
     _setup_torch_process_group("gloo", rank, size, "env://", timeout)
 
 

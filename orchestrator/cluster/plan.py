@@ -119,8 +119,10 @@ def plan_workers(
             f"cluster.workers: {least} workers of {worker} were asked for; the cluster has "
             f"{here}, {limit}"
         )
-    # As many as start, of those that the cores are shared by.
+    # As many as start, of those that the cores are shared by; a cluster of our own never grows.
     at_once = least if isinstance(workers, int) else max(least, min(workers[1], held))
+    if own and not isinstance(workers, int):
+        workers = (least, at_once)
     share = int(here.cpus // at_once) if own else int(worker.cpus)
     return WorkerPlan(workers, worker.gpus, worker.cpus, max(1, share), held < least)
 

@@ -81,8 +81,10 @@ def session(
     """
     with ExitStack() as environment:
         with _own_sigterm():
-            import_beside(libraries)
+            importing = import_beside(libraries)
             own = _connect(address, say, environment)
+            # Two threads in one library's imports can trip over each other.
+            importing.join()
         try:
             nodes = (node["Resources"] for node in ray.nodes() if node["Alive"])
             yield Session(own, tuple(map(_resources, nodes)), _most())

@@ -79,7 +79,7 @@ def ensure(
         store.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{entry}.lock", timeout=_LOCK_SECONDS):
             if not _complete(entry):
-                _remove_left(entry, 0)
+                _remove_left(entry)
                 if shared is not None:
                     shared.fetch(entry)
                 if not _complete(entry):
@@ -123,16 +123,18 @@ class SharedFolder:
         """
         target = self._folder / entry.name
         if not _complete(target):
-            # Another machine may be writing one; none does so for a day.
-            _remove_left(target, _DAY_SECONDS)
+            _remove_left(target)
             _copy(entry, target)
 
 
-def _remove_left(entry: Path, seconds: float) -> None:
-    """Remove what killed processes left beside an entry, where it is at least so old."""
+def _remove_left(entry: Path) -> None:
+    """Remove what killed processes left beside an entry.
+
+    What is less than a day old may be another machine's, at work.
+    """
     for left in entry.parent.glob(f".{entry.name}-*"):
         with suppress(OSError):
-            if time.time() - left.stat().st_mtime >= seconds:
+            if time.time() - left.stat().st_mtime >= _DAY_SECONDS:
                 shutil.rmtree(left, ignore_errors=True)
 
 

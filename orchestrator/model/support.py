@@ -37,7 +37,9 @@ def check_architecture(model: Any) -> None:
                     for ids in tokens.split(list(_LENGTHS))
                 ]
             )
-        hidden = hidden_states(base, tokens, _LENGTHS)
+        with torch.enable_grad():
+            # As training passes it.
+            hidden = hidden_states(base, tokens, _LENGTHS).detach()
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
         raise ModelError(f"{name} cannot be trained in packed rows: {error}") from error
     logits = base.head.scores(base.head.logits(hidden))

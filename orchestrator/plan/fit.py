@@ -283,8 +283,11 @@ def on_one_gpu(job: JobConfig) -> int:
 
 
 def processes_here(job: JobConfig) -> int:
-    """Workers of a job on CPUs that share this machine: all, but on a cluster that it names."""
-    return (most_workers(job) or 1) if job.cluster.address in ("auto", "local") else 1
+    """Workers of a job on CPUs that share this machine; one on a cluster that the job names."""
+    if job.cluster.address not in ("auto", "local"):
+        return 1
+    able = int((os.cpu_count() or 1) // job.cluster.cpus_per_worker)
+    return max(1, min(most_workers(job) or 1, able))
 
 
 def cpu_workers(job: JobConfig, cores: float) -> int:
@@ -314,6 +317,11 @@ def all_trials(job: JobConfig) -> int:
 def largest_rank(job: JobConfig) -> int:
     """The rank to plan for: the job's, or the largest that its sweep may try."""
     return _largest_tried(job, "lora.rank", job.lora.rank)
+
+
+def longest_example(job: JobConfig) -> int:
+    """Tokens of an example to plan for: the data's limit, or the largest that its sweep may try."""
+    return _largest_tried(job, "data.max_length", job.data.max_length)
 
 
 def largest_batch(job: JobConfig) -> int:

@@ -16,6 +16,7 @@ from orchestrator.plan.fit import (
     cpu_workers,
     engines,
     largest_rank,
+    longest_example,
     most_tenants,
     most_workers,
     on_one_gpu,
@@ -104,7 +105,7 @@ def plan_job(
         device,
         job,
         trials or 1,
-        longest or job.data.max_length,
+        longest or longest_example(job),
         examples=count_examples(job.data, job.model),
     )
     if not device.cuda and processes_here(job) > 1:
@@ -206,7 +207,7 @@ def runs_that_fit(job: JobConfig, most: int, workers: int) -> int:
     Args:
         job: the sweep's job.
         most: as its cores allow.
-        workers: of each run, on CPUs.
+        workers: of each run at most, on CPUs.
     """
     need = _need_here(job, False, None)
     if need is None:
@@ -251,7 +252,7 @@ def _need_here(job: JobConfig, cuda: bool, gpu: Gpu | None, processes: int = 1) 
     except UnplannableError:
         return None
     device = machine(None, most_workers(job), cuda, sharing(job), on_one_gpu(job), gpu)
-    need = Need(shape, device, job, 1, job.data.max_length)
+    need = Need(shape, device, job, 1, longest_example(job))
     return need if cuda or processes == 1 else _beside(need, processes)
 
 

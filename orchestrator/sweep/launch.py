@@ -59,8 +59,6 @@ class RunningEngine:
             lambda: run_workers(job, folder, plan, here, say, serve, more),
             lambda: ray.get(self.desk.engine_ended.remote(), timeout=_ANSWER_SECONDS),
         )
-        # The engine's processes start meanwhile.
-        ray.get(self.desk.ready.remote(), timeout=_ANSWER_SECONDS)
 
     @property
     def ended(self) -> bool:
@@ -88,6 +86,12 @@ class RunningEngine:
         return self.result()
 
     def __enter__(self) -> "RunningEngine":
+        try:
+            # The engine's processes start meanwhile.
+            ray.get(self.desk.ready.remote(), timeout=_ANSWER_SECONDS)
+        except BaseException as error:
+            self.__exit__(type(error))
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

@@ -62,7 +62,7 @@ def isolated(job: JobConfig, here: Session) -> tuple[WorkerPlan, int]:
         # More nodes may never come; where there are none yet, some must.
         count = min(sweep.trials, _runs(plan, here.here) or room)
         if here.own and not plan.gpus:
-            count = runs_that_fit(job, count, plan.least)
+            count = runs_that_fit(job, count, plan.most)
     else:
         count = min(int(sweep.concurrent), sweep.trials)
         if count > room:

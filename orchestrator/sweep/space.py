@@ -14,7 +14,6 @@ from orchestrator.errors import JobFileError, RefusedError
 from orchestrator.jobfile import job_from_mapping
 
 Params = Mapping[str, Any]
-# What belongs to the adapter alone may differ between tenants of one base.
 _NOT_SEARCHED = ("name", "output_dir", "tracking", "cluster", "sweep", "evaluation", "checkpoint")
 # Of all keys' values so many pairs are tried; a trial of another that is bad fails by itself.
 _MOST_PAIRS = 2048

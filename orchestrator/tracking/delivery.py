@@ -94,8 +94,9 @@ class Delivery:
         return self._at_rest
 
     def start(self) -> None:
-        """Begin in the background."""
-        self._thread.start()
+        """Begin in the background, if it has not begun."""
+        if self._thread.ident is None:
+            self._thread.start()
 
     def catch_up(self, timeout: float) -> DeliveryReport:
         """Wait until what the journal holds by now is delivered, at most `timeout` seconds.
@@ -119,8 +120,8 @@ class Delivery:
         """
         self._deadline = time.monotonic() + timeout
         self._closing.set()
-        if self._thread.is_alive():
-            self._thread.join(timeout)
+        self.start()
+        self._thread.join(timeout)
         # Where another delivery of this run holds the lock, its cursor tells what is done.
         cursor = self._cursor or Cursor.peek(self._run_dir)
         pending = count_pending(self._run_dir, cursor)

@@ -28,13 +28,15 @@ class TrialDeliveries:
         self._thread = threading.Thread(target=self._follow, daemon=True, name="trial-deliveries")
 
     def start(self) -> None:
-        """Begin in the background."""
-        self._thread.start()
+        """Begin in the background, if it has not begun."""
+        if self._thread.ident is None:
+            self._thread.start()
 
     def close(self, timeout: float) -> None:
         """Wait until all is delivered, at most `timeout` seconds for all trials together."""
         end = time.monotonic() + timeout
         self._closing.set()
+        self.start()
         self._thread.join(timeout)
         self._look()
         left = 0

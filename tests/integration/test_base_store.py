@@ -71,17 +71,18 @@ def test_machines_that_share_one_base_at_once_share_a_whole_one(
 
 def test_what_a_killed_process_left_beside_a_base_goes(chat_model: Path, tmp_path: Path) -> None:
     entry = _ensure(chat_model, tmp_path)
-    left, shared = entry.parent / f".{entry.name}-killed", tmp_path / "shared"
-    beside = [shared / f".{entry.name}-{age}" for age in ("old", "new")]
-    for folder in (left, *beside):
+    places = (entry.parent, tmp_path / "shared")
+    old, new = ([place / f".{entry.name}-{age}" for place in places] for age in ("old", "new"))
+    for folder in (*old, *new):
         (folder / "dense").mkdir(parents=True)
-    os.utime(beside[0], (1, 1))
-    store.SharedFolder(shared).put(entry)
-    # What is new may be another machine's, at work.
-    assert {path.name for path in shared.iterdir()} == {entry.name, beside[1].name}
+    for folder in old:
+        os.utime(folder, (1, 1))
+    store.SharedFolder(places[1]).put(entry)
     (entry / "config.json").unlink()
-    assert _ensure(chat_model, tmp_path) == entry
-    assert not left.exists() and (entry / "config.json").exists()
+    assert _ensure(chat_model, tmp_path) == entry and (entry / "config.json").exists()
+    assert not any(folder.exists() for folder in old)
+    # What is new may be another machine's, at work.
+    assert all(folder.exists() for folder in new)
 
 
 def test_a_shared_base_is_fetched_whole(chat_model: Path, tmp_path: Path) -> None:

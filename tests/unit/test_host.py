@@ -21,7 +21,7 @@ from orchestrator.training.engine import Engine
 from orchestrator.training.host import Host, Pace
 from orchestrator.training.lanes import Lanes
 from orchestrator.training.membership import Member, Wishes
-from orchestrator.training.run import open_ground, run
+from orchestrator.training.run import open_ground, run, tell_shortened
 
 CPU = torch.device("cpu")
 
@@ -121,6 +121,25 @@ def _solo(member: Member, folder: Path, cache: Path) -> list[float]:
     alone = Recorder()
     run(member.job, folder, cache, CPU, World(), alone)
     return alone.losses()
+
+
+def test_what_befalls_an_engine_is_told_to_each_of_its_trials(
+    job: JobConfig, club: Club, tmp_path: Path
+) -> None:
+    for name in ("a", "b"):
+        club.join(name, job)
+    host = _host(job, club, tmp_path / "cache")
+
+    def tell(club: Club) -> bool:
+        tell_shortened(host.emit, 512, 256)
+        return not club.members
+
+    club.rule = tell
+    host.run()
+    for observer in club.observers.values():
+        assert observer.of("budget")[0]["tokens_per_pass"] == 256
+        assert "256 tokens, not 512" in observer.of("warning")[0]["message"]
+    assert set(club.observers) == {"a", "b"}
 
 
 def test_curves_are_those_of_solo_runs_whoever_joins_and_leaves(
