@@ -91,10 +91,14 @@ def _by_segment(
         repeat = query.shape[1] // key.shape[1]
         key, value = (t.repeat_interleave(repeat, dim=1) for t in (key, value))
         gqa = False
-    parts = [
-        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
-        for q, k, v in _split(query, key, value, lengths)
-    ]
+    parts = []
+    for q, k, v in _split(query, key, value, lengths):
+        tokens = q.shape[2]
+        if q.device.type == "cpu" and not torch.is_grad_enabled():
+            # Else it is compiled for each length; a backward pass would keep what was filled.
+            q, k, v = (widen(t[0], segment_length(tokens))[None] for t in (q, k, v))
+        part = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
+        parts.append(part[:, :, :tokens])
     return torch.cat(parts, dim=2).transpose(1, 2)
 
 

@@ -76,11 +76,12 @@ def _attend_once(
     """
     output, query, key, value, _ = _heads(rows, layers, turn, width)
     wide = _grouped(output, len(query), width)
-    for part, _ in _segments(lengths):
-        q, k, v = (t[:, part].transpose(1, 2) for t in (query, key, value))
+    for part, length in _segments(lengths):
+        full = segment_length(length)
+        q, k, v = (widen(t[:, part], full).transpose(1, 2) for t in (query, key, value))
         k, v = k.expand_as(q), v.expand_as(q)
         found = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-        wide[:, part] = found.transpose(1, 2)
+        wide[:, part] = found[:, :, :length].transpose(1, 2)
     return output
 
 
