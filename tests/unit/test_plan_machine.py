@@ -161,6 +161,7 @@ def test_workers_of_this_machine_share_its_memory_whatever_they_train(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, free = "HuggingFaceTB/SmolLM2-135M", 64 * GIB
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
     for room in (machines, planner):
         monkeypatch.setattr(room, "free_bytes", lambda sharing=1: free // sharing)
 
