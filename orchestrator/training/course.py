@@ -154,7 +154,10 @@ def take_over(course: Course, found: Checkpoint) -> None:
 
 
 def fork(course: Course, path: Path, origin: str | None) -> None:
-    """Go on from another adapter's checkpoint.
+    """Go on from another adapter's checkpoint; the leader decides which that is.
+
+    Where the other one has gone on from elsewhere meanwhile, and its checkpoint went with that, its
+    newest takes the place.
 
     Args:
         course: of an adapter of the same shape.
@@ -162,9 +165,18 @@ def fork(course: Course, path: Path, origin: str | None) -> None:
         origin: tells this fork from others.
 
     Raises:
-        CheckpointError: it is not there or damaged.
+        CheckpointError: there is none, or it is damaged.
     """
-    found = checkpoint.read_path(path)
+    world, found, gone = course.ground.world, None, ""
+    if world.leads:
+        try:
+            found = checkpoint.read_path(path)
+        except CheckpointError as error:
+            found, gone = checkpoint.newest(path.parent, course.say), str(error)
+    step, gone = world.from_leader((found and found.step, gone))
+    if step is None:
+        raise CheckpointError(gone)
+    found = found or checkpoint.read(path.parent, step)
     take_over(course, found)
     course.progress = Progress(**found.state["progress"])
     course.forked_from = origin

@@ -280,6 +280,25 @@ def test_a_fork_goes_on_from_another_ones_checkpoint(
     assert forked.losses()[-1] != pytest.approx(donor.losses()[-1], rel=1e-6)
 
 
+def test_a_fork_whose_checkpoint_is_gone_goes_on_from_the_newest(
+    job: JobConfig, club: Club, tmp_path: Path
+) -> None:
+    cache, checkpoints = tmp_path / "cache", club.folder / "donor" / "checkpoints"
+    club.join("donor", job, **{"training.learning_rate": 1e-3})
+    _host(job, club, cache).run()
+    club.join("forked", job, **{"training.learning_rate": 1e-4})
+    gone = checkpoints / "step-00000006"
+    shutil.rmtree(checkpoints / "step-00000008")
+    club.members["forked"] = replace(club.members["forked"], fork=gone, after=4)
+    _host(job, club, cache).run()
+    assert [e["step"] for e in club.observers["forked"].of("step")] == [5, 6, 7, 8]
+    shutil.rmtree(checkpoints)
+    club.join("lost", job)
+    club.members["lost"] = replace(club.members["lost"], fork=gone, after=4)
+    _host(job, club, cache).run()
+    assert "cannot be read" in club.failures["lost"]
+
+
 def test_a_fork_of_another_rank_takes_the_place_of_what_was_trained(
     job: JobConfig, club: Club, tmp_path: Path
 ) -> None:
