@@ -5,12 +5,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from orchestrator.config import JobConfig
-from orchestrator.errors import UnplannableError
 from orchestrator.plan import advice as advices
+from orchestrator.plan.at_hand import as_many_as_fit, beside, need_here
 from orchestrator.plan.disk import disk_bytes
 from orchestrator.plan.examples import count_examples
 from orchestrator.plan.fit import (
-    MOST_TRIALS,
     Need,
     Settled,
     cpu_workers,
@@ -23,12 +22,10 @@ from orchestrator.plan.fit import (
     processes_here,
     settle,
     sharing,
-    train_apart,
     trials_at_once,
     trials_each,
 )
-from orchestrator.plan.limits import free_bytes
-from orchestrator.plan.machine import Gpu, look_at_gpu, machine
+from orchestrator.plan.machine import Gpu, machine
 from orchestrator.plan.parts import WIDTH
 from orchestrator.plan.shapes import read_shape
 from orchestrator.plan.speed import Pace, pace
@@ -109,7 +106,7 @@ def plan_job(
         examples=count_examples(job.data, job.model),
     )
     if not device.cuda and processes_here(job) > 1:
-        need = _beside(need, processes_here(job))
+        need = beside(need, processes_here(job))
     if trials is None:
         need = _with_trials(need)
     plan = make_plan(need, calibrate)
@@ -120,106 +117,6 @@ def plan_job(
         "activations_without_checkpointing": _activations(settled, False),
     }
     return replace(plan, details={**plan.details, **both})
-
-
-def trials_that_fit(
-    job: JobConfig,
-    cuda: bool,
-    gpu: Gpu | None = None,
-    workers: int | tuple[int, int] = 1,
-    here: bool = False,
-) -> int:
-    """How many adapters at once fit the devices at hand, of those that are wanted at a time.
-
-    As many as are wanted where the device is not to be known.
-
-    Args:
-        job: the sweep's job.
-        cuda: whether it trains on GPUs; this machine may be one without.
-        gpu: what a worker's machine has, by `describe_gpu`; None looks at this machine's.
-        workers: how many train, or between which numbers; the fewest must hold all.
-        here: whether all of them share this machine's memory.
-    """
-    least, most = workers if isinstance(workers, tuple) else (workers, workers)
-    wanted = trials_at_once(job, cuda, most)
-    apart, each = train_apart(wanted, least), min(trials_each(wanted, least), MOST_TRIALS)
-    need = _need_here(job, cuda, gpu, most if here else 1)
-    if need is not None:
-        need = replace(need, engines=engines(wanted, least))
-    try:
-        fit = each if need is None else _tenants(need, each)
-    except UnplannableError:
-        fit = each
-    return min(wanted, fit * least if apart else fit)
-
-
-def _tenants(need: Need, wanted: int) -> int:
-    """Adapters at once, at most `wanted`; of so many the run plans the same passes."""
-    all_of_them = replace(need, trials=wanted)
-    if settle(all_of_them).total <= need.machine.memory:
-        return wanted
-    return most_tenants(need, wanted)
-
-
-def workers_that_fit(job: JobConfig, cores: float) -> int:
-    """How many processes a sweep of `auto` workers has on so many cores of its own.
-
-    Args:
-        job: the sweep's job.
-        cores: of this machine.
-    """
-    need, most = _need_here(job, False, None), cpu_workers(job, cores)
-    try:
-        return most if need is None else _as_many_as_fit(need, most).machine.processes
-    except UnplannableError:
-        return most
-
-
-def _as_many_as_fit(need: Need, most: int) -> Need:
-    """The job as one of up to so many processes that share this machine.
-
-    Not of so many that they would have to recompute layers for it.
-    """
-    job = need.job
-    told = job.sweep is not None and job.sweep.concurrent != "auto"
-    alone = settle(replace(need, trials=trials_at_once(job, False) if told else 1))
-    for workers in range(most, 1, -1):
-        wanted = trials_at_once(job, False, workers)
-        trials = trials_each(wanted, workers) if told else 1
-        each = _beside(need, workers)
-        found = replace(each, trials=trials, engines=engines(wanted, workers))
-        settled = settle(found)
-        recomputes = settled.checkpointing and not alone.checkpointing
-        if settled.total <= found.machine.memory and not recomputes:
-            return found
-    return need
-
-
-def _beside(need: Need, workers: int) -> Need:
-    """The job as one of so many processes of this machine, none of which has begun."""
-    share = machine(None, need.machine.gpus, False, processes=workers)
-    return replace(need, machine=replace(share, memory=free_bytes(workers)))
-
-
-def runs_that_fit(job: JobConfig, most: int, workers: int) -> int:
-    """How many runs of a trial each, at most `most`, this machine's memory holds at a time.
-
-    Args:
-        job: the sweep's job.
-        most: as its cores allow.
-        workers: of each run at most, on CPUs.
-    """
-    need = _need_here(job, False, None)
-    if need is None:
-        return most
-    try:
-        for runs in range(most, 1, -1):
-            found = _beside(need, runs * workers)
-            if settle(found).total <= found.machine.memory:
-                return runs
-    except UnplannableError:
-        return most
-    return min(most, 1)
 
 
 def unfit_trial(
@@ -235,25 +132,10 @@ def unfit_trial(
         gpu: what a worker's machine has, by `describe_gpu`; None looks at this machine's.
         processes: workers on CPUs that share this machine.
     """
-    need = _need_here(job, cuda, gpu, processes)
+    need = need_here(job, cuda, gpu, processes)
     if need is None or settle(need).total <= need.machine.memory:
         return None
     return make_plan(need, calibrate=False)
-
-
-def _need_here(job: JobConfig, cuda: bool, gpu: Gpu | None, processes: int = 1) -> Need | None:
-    """One trial of a job on the device at hand; None where that is not to be known."""
-    if cuda and gpu is None:
-        gpu = look_at_gpu()
-        if gpu is None:
-            return None
-    try:
-        shape = read_shape(job.model)
-    except UnplannableError:
-        return None
-    device = machine(None, most_workers(job), cuda, sharing(job), on_one_gpu(job), gpu)
-    need = Need(shape, device, job, 1, longest_example(job))
-    return need if cuda or processes == 1 else _beside(need, processes)
 
 
 def _with_trials(need: Need) -> Need:
@@ -268,7 +150,7 @@ def _with_trials(need: Need) -> Need:
         least = most = most * sharing(job)
     elif job.cluster.workers == "auto":
         # As a Ray of its own has it.
-        need = _as_many_as_fit(need, cpu_workers(job, os.cpu_count() or 1))
+        need = as_many_as_fit(need, cpu_workers(job, os.cpu_count() or 1))
         least = most = need.machine.processes
     wanted = trials_at_once(job, need.machine.cuda, most)
     need = replace(need, engines=engines(wanted, least))

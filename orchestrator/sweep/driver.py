@@ -91,26 +91,32 @@ def run(job: JobConfig, run_dir: Path, here: Session, say: Callable[[str], None]
     """
     check_kept(run_dir)
     if space.is_shared(job):
-        plan = plan_workers(job.cluster, here.nodes, here.most, here.own)
-        on_gpu, gpu = plan.gpus > 0, look_at_gpu(plan, run_dir) if plan.gpus else None
-        processes = plan.most if here.own and not on_gpu else 1
-        job = leave_out(job, partial(_reason, on_gpu, gpu, processes), say)
-        # How many there are of `auto` depends on what was left out.
-        plan = plan_workers(places.cluster_of(job, here), here.nodes, here.most, here.own)
-        count = places.shared(job, plan, gpu, here.own)
-        apart = train_apart(count, plan.least)
-        if apart:
-            plan = places.with_trials_for_all(plan, count)
-        _tell_places(run_dir, count)
-        if apart:
-            say(f"{count} trials at a time on {plan.least} workers, each with a base of its own")
-        else:
-            say(f"{count} trials at a time share one base on {plan.least} worker(s)")
-        return _shared(_Sweep(job, run_dir, here, plan, count, apart, say))
+        return _shared(_shared_sweep(job, run_dir, here, say))
     plan, count = places.isolated(job, here)
     _tell_places(run_dir, count)
     say(f"{count} trials at a time, each over a base of its own on {plan.least} worker(s)")
     return _isolated(_Sweep(job, run_dir, here, plan, count, False, say))
+
+
+def _shared_sweep(
+    job: JobConfig, run_dir: Path, here: Session, say: Callable[[str], None]
+) -> _Sweep:
+    """What fits of the search space, the workers that train it, and the trials at a time."""
+    plan = plan_workers(job.cluster, here.nodes, here.most, here.own)
+    on_gpu, gpu = plan.gpus > 0, look_at_gpu(plan, run_dir) if plan.gpus else None
+    processes = plan.most if here.own and not on_gpu else 1
+    job = leave_out(job, partial(_reason, on_gpu, gpu, processes), say)
+    # How many there are of `auto` depends on what was left out.
+    plan = plan_workers(places.cluster_of(job, here), here.nodes, here.most, here.own)
+    count = places.shared(job, plan, gpu, here.own)
+    apart = train_apart(count, plan.least)
+    _tell_places(run_dir, count)
+    if apart:
+        plan = places.with_trials_for_all(plan, count)
+        say(f"{count} trials at a time on {plan.least} workers, each with a base of its own")
+    else:
+        say(f"{count} trials at a time share one base on {plan.least} worker(s)")
+    return _Sweep(job, run_dir, here, plan, count, apart, say)
 
 
 def _reason(on_gpu: bool, gpu: Gpu | None, processes: int, job: JobConfig) -> str | None:

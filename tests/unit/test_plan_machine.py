@@ -12,9 +12,9 @@ import torch
 
 from orchestrator.plan import (
     Gpu,
+    at_hand,
     describe_gpu,
     plan_job,
-    planner,
     runs_that_fit,
     speed,
     trials_that_fit,
@@ -119,7 +119,7 @@ def test_a_worker_for_each_trial_needs_its_part_of_the_memory(
     sweep = {"trials": 8, "concurrent": 4}
     job = make_job("HuggingFaceTB/SmolLM2-135M", sweep=sweep, training=SET)
     free = 64 * GIB
-    for room in (machines, planner):
+    for room in (machines, at_hand):
         monkeypatch.setattr(room, "free_bytes", lambda sharing=1: free // sharing)
     assert workers_that_fit(job, 8) == 4
     plan = plan_job(job, calibrate=False)
@@ -142,7 +142,7 @@ def test_trials_of_workers_beside_one_another_share_the_memory(
     sweep = {"trials": 16, "scheduler": "pbt"}
     job = make_job("HuggingFaceTB/SmolLM2-135M", lora={"rank": 256}, sweep=sweep, training=SET)
     free = 8 * GIB
-    for room in (machines, planner):
+    for room in (machines, at_hand):
         monkeypatch.setattr(room, "free_bytes", lambda sharing=1: free // sharing)
     alone = trials_that_fit(job, False)
     assert 2 < alone < 8
@@ -162,7 +162,7 @@ def test_workers_of_this_machine_share_its_memory_whatever_they_train(
 ) -> None:
     model, free = "HuggingFaceTB/SmolLM2-135M", 64 * GIB
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    for room in (machines, planner):
+    for room in (machines, at_hand):
         monkeypatch.setattr(room, "free_bytes", lambda sharing=1: free // sharing)
 
     def job(workers: Any, address: str = "auto", **sweep: Any) -> Any:
@@ -187,7 +187,7 @@ def test_isolated_runs_share_this_machines_memory(monkeypatch: pytest.MonkeyPatc
     sweep = {"placement": "isolated", "trials": 8, "concurrent": 8}
     job = make_job("HuggingFaceTB/SmolLM2-135M", sweep=sweep, training=SET)
     free = 64 * GIB
-    for room in (machines, planner):
+    for room in (machines, at_hand):
         monkeypatch.setattr(room, "free_bytes", lambda sharing=1: free // sharing)
     plan = plan_job(job, calibrate=False)
     # Each is a run of one adapter.
