@@ -1,5 +1,12 @@
 """What this machine's processor is good at."""
 
+import os
+
+
+def cores() -> int:
+    """How many it has."""
+    return os.cpu_count() or 1
+
 
 def has_bfloat16() -> bool:
     """Whether it multiplies bfloat16 numbers without converting them first."""

@@ -96,7 +96,7 @@ def _by_segment(
         tokens = q.shape[2]
         if q.device.type == "cpu" and not torch.is_grad_enabled():
             # Else it is compiled for each length; a backward pass would keep what was filled.
-            q, k, v = (widen(t[0], segment_length(tokens))[None] for t in (q, k, v))
+            q, k, v = _filled(q, k, v)
         part = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
         parts.append(part[:, :, :tokens])
     return torch.cat(parts, dim=2).transpose(1, 2)
@@ -117,7 +117,7 @@ def _masked(
     for q, k, v in _split(query, key, value, lengths):
         tokens = q.shape[2]
         if q.device.type == "cpu":
-            q, k, v = (widen(t[0], segment_length(tokens))[None] for t in (q, k, v))
+            q, k, v = _filled(q, k, v)
         k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
         scores = (q @ k.transpose(2, 3)).float() * scale
         if softcap is not None:
@@ -136,6 +136,11 @@ def _split(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     sizes = list(lengths)
     return zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True)
+
+
+def _filled(*parts: Tensor) -> Iterator[Tensor]:
+    """A segment's (1, heads, tokens, d) with zeros after it, up to one of few lengths."""
+    return (widen(part[0], segment_length(part.shape[2]))[None] for part in parts)
 
 
 def _has_varlen(query: Tensor, value: Tensor) -> bool:

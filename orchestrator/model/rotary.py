@@ -6,7 +6,7 @@ and the rotation before it, without the copies between them. Heads that share ke
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from orchestrator.lengths import DENSE_LIMIT, segment_length
 from orchestrator.model.attention import future, widen
-from orchestrator.model.lora import LoraLinear, back_project, parts, project
+from orchestrator.model.lora import LoraLinear, Part, back_project, parts, project
 
 # Names of its linear layers.
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -50,49 +50,58 @@ def attend(
         positions: cosine and sine, (1, tokens, width), equal in their two halves.
         lengths: the segments' lengths, summing to tokens.
     """
-    function: Any = _Attend.apply
     layers = (module.q_proj, module.k_proj, module.v_proj)
     half = module.head_dim // 2
     cos, sin = (t[0, :, None, :half].to(layers[0].product_dtype) for t in positions)
-    rest = (x[0], layers, (cos, sin), lengths, module.head_dim, module.scaling)
+    placed = parts(layers, x.shape[1])
+    layout = _Layout(layers, placed, lengths, module.head_dim, module.scaling)
     if torch.is_grad_enabled():
-        out = function(module.q_proj.placement.anchor, *rest)
+        function: Any = _Attend.apply
+        out = function(module.q_proj.placement.anchor, x[0], (cos, sin), layout)
     else:
-        out = _attend_once(*rest)
+        out = _attend_once(x[0], (cos, sin), layout)
     return module.o_proj(out[None])
 
 
-def _attend_once(
-    rows: Tensor,
-    layers: tuple[LoraLinear, ...],
-    turn: tuple[Tensor, Tensor],
-    lengths: tuple[int, ...],
-    width: int,
-    scale: float,
-) -> Tensor:
+class _Layout(NamedTuple):
+    """What of a layer and a row decides its attention, the numbers left out.
+
+    layers: of queries, keys and values. parts: where in the row each adapter is at work. lengths:
+    of the segments. width: of a head. scale: factor on the scores.
+    """
+
+    layers: tuple[LoraLinear, ...]
+    parts: list[Part]
+    lengths: tuple[int, ...]
+    width: int
+    scale: float
+
+
+def _attend_once(rows: Tensor, turn: tuple[Tensor, Tensor], layout: _Layout) -> Tensor:
     """`_Attend`'s output where no backward pass follows.
 
     By torch's own kernel, which skips the future and keeps no scores: a third of the time.
     """
-    output, query, key, value, _ = _heads(rows, layers, turn, width)
-    wide = _grouped(output, len(query), width)
-    for part, length in _segments(lengths):
+    output, query, key, value, _ = _heads(rows, turn, layout)
+    wide = _grouped(output, len(query), layout.width)
+    for part, length in _segments(layout.lengths):
         full = segment_length(length)
         q, k, v = (widen(t[:, part], full).transpose(1, 2) for t in (query, key, value))
         k, v = k.expand_as(q), v.expand_as(q)
-        found = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        found = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=layout.scale)
         wide[:, part] = found[:, :, :length].transpose(1, 2)
     return output
 
 
 def _heads(
-    rows: Tensor, layers: tuple[LoraLinear, ...], turn: tuple[Tensor, Tensor], width: int
+    rows: Tensor, turn: tuple[Tensor, Tensor], layout: _Layout
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     """Room for the output, turned queries and keys, values, and the adapters' inner products.
 
     Heads are (groups, tokens, heads of a group, width); keys and values have one of a group.
     """
-    outs, lows = project(layers, rows.to(layers[0].product_dtype), parts(layers, len(rows)))
+    layers, width = layout.layers, layout.width
+    outs, lows = project(layers, rows.to(layers[0].product_dtype), layout.parts)
     groups = outs[1].shape[1] // width
     query, key, value = (_grouped(out, groups, width) for out in outs)
     output = rows.new_empty(len(rows), outs[0].shape[1])
@@ -102,18 +111,11 @@ def _heads(
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        anchor: Tensor,
-        rows: Tensor,
-        layers: tuple[LoraLinear, ...],
-        turn: tuple[Tensor, Tensor],
-        lengths: tuple[int, ...],
-        width: int,
-        scale: float,
+        ctx: Any, anchor: Tensor, rows: Tensor, turn: tuple[Tensor, Tensor], layout: _Layout
     ) -> Tensor:
-        ctx.layers, ctx.parts, ctx.lengths = layers, parts(layers, len(rows)), lengths
-        ctx.width, ctx.scale = width, scale
-        output, query, key, value, lows = _heads(rows, layers, turn, width)
+        ctx.layout = layout
+        _, _, lengths, width, scale = layout
+        output, query, key, value, lows = _heads(rows, turn, layout)
         groups, key, value = len(query), key.squeeze(2), value.squeeze(2)
         wide, kept = _grouped(output, groups, width), []
         for part, length in _segments(lengths):
@@ -132,15 +134,16 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, cos, sin, *tensors = ctx.saved_tensors
-        dtype, width = ctx.layers[0].product_dtype, ctx.width
+        layers, placed, lengths, width, scale = ctx.layout
+        dtype = layers[0].product_dtype
         query, key, value = (t.to(dtype) for t in tensors[:3])
-        lows, kept = tensors[3 : 3 + len(ctx.parts)], tensors[3 + len(ctx.parts) :]
+        lows, kept = tensors[3 : 3 + len(placed)], tensors[3 + len(placed) :]
         wide = _grouped(grad, len(key), width)
         sizes = [len(key) * t[0, 0].numel() for t in (query, key, value)]
         grads = [query.new_empty(len(rows), size) for size in sizes]
         grad_query, grad_key = torch.empty_like(query), torch.empty_like(key)
         grad_value = _grouped(grads[2], len(key), width).squeeze(2)
-        for (part, length), weights in zip(_segments(ctx.lengths), kept, strict=True):
+        for (part, length), weights in zip(_segments(lengths), kept, strict=True):
             weights, full = weights.to(dtype), weights.shape[-1]
             q, k, v = (widen(t[:, part], full) for t in (query, key, value))
             q, g = q.flatten(1, 2), widen(wide[:, part].to(dtype), full).flatten(1, 2)
@@ -151,14 +154,14 @@ class _Attend(torch.autograd.Function):
             found = torch.bmm(scores, k).view(len(key), full, -1, width)
             grad_query[:, part] = found[:, :length]
             grad_key[:, part] = torch.bmm(scores.transpose(1, 2), q)[:, :length]
-        back = (cos * ctx.scale, sin * -ctx.scale)
+        back = (cos * scale, sin * -scale)
         _grouped(grads[0], len(key), width).copy_(_turned(grad_query, *back))
         _grouped(grads[1], len(key), width).copy_(_turned(grad_key.unsqueeze(2), *back))
         grad_rows = back_project(
-            ctx.layers, rows.to(dtype), ctx.parts, lows, grads, ctx.needs_input_grad[1]
+            layers, rows.to(dtype), placed, lows, grads, ctx.needs_input_grad[1]
         )
         own = None if grad_rows is None else grad_rows.to(grad.dtype)
-        return None, own, None, None, None, None, None
+        return None, own, None, None
 
 
 def _grouped(rows: Tensor, groups: int, width: int) -> Tensor:

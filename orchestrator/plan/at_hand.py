@@ -15,7 +15,6 @@ from orchestrator.plan.fit import (
     on_one_gpu,
     settle,
     sharing,
-    train_apart,
     trials_at_once,
     trials_each,
 )
@@ -44,15 +43,13 @@ def trials_that_fit(
     """
     least, most = workers if isinstance(workers, tuple) else (workers, workers)
     wanted = trials_at_once(job, cuda, most)
-    apart, each = train_apart(wanted, least), min(trials_each(wanted, least), MOST_TRIALS)
+    count, each = engines(wanted, least), min(trials_each(wanted, least), MOST_TRIALS)
     need = need_here(job, cuda, gpu, most if here else 1)
-    if need is not None:
-        need = replace(need, engines=engines(wanted, least))
     try:
-        fit = each if need is None else _tenants(need, each)
+        fit = each if need is None else _tenants(replace(need, engines=count), each)
     except UnplannableError:
         fit = each
-    return min(wanted, fit * least if apart else fit)
+    return min(wanted, fit * count)
 
 
 def _tenants(need: Need, wanted: int) -> int:
@@ -98,7 +95,12 @@ def as_many_as_fit(need: Need, most: int) -> Need:
 
 
 def beside(need: Need, workers: int) -> Need:
-    """The job as one of so many processes of this machine, none of which has begun."""
+    """The job as one of so many processes of this machine, none of which has begun.
+
+    One alone has all of it; GPUs are shared by other rules.
+    """
+    if need.machine.cuda or workers == 1:
+        return need
     share = machine(None, need.machine.gpus, False, processes=workers)
     return replace(need, machine=replace(share, memory=free_bytes(workers)))
 
@@ -135,5 +137,4 @@ def need_here(job: JobConfig, cuda: bool, gpu: Gpu | None, processes: int = 1) -
     except UnplannableError:
         return None
     device = machine(None, most_workers(job), cuda, sharing(job), on_one_gpu(job), gpu)
-    need = Need(shape, device, job, 1, longest_example(job))
-    return need if cuda or processes == 1 else beside(need, processes)
+    return beside(Need(shape, device, job, 1, longest_example(job)), processes)

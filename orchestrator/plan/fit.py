@@ -1,6 +1,5 @@
 """A job's bytes on one device as a function of its settings, and the best settings that fit."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,7 +21,7 @@ from orchestrator.plan.parts import (
 )
 from orchestrator.plan.passes import Pass, PassBytes, pass_bytes
 from orchestrator.plan.shapes import Shape
-from orchestrator.processor import product_dtype
+from orchestrator.processor import cores, product_dtype
 
 # Tokens of a pass, on CUDA or not, from which on longer ones are no faster and take more memory.
 MOST_TOKENS = {True: 16384, False: 1024}
@@ -126,7 +125,7 @@ class Settled:
         need = self.need
         if need.machine.cuda or (need.machine.gpus > 1 and not need.apart):
             return 0
-        threads = (os.cpu_count() or 1) // need.machine.processes
+        threads = cores() // need.machine.processes
         lanes = max(1, min(need.trials, threads))
         return (lanes - 1) * self.largest_weight * WIDTH[self.products] // WIDTH[self.dtype]
 
@@ -268,7 +267,7 @@ def train_apart(trials: int, workers: int) -> bool:
 
 def trials_each(trials: int, workers: int) -> int:
     """Trials at a time on each of so many workers, of so many on all."""
-    return ceil(trials / workers) if train_apart(trials, workers) else trials
+    return ceil(trials / engines(trials, workers))
 
 
 def sharing(job: JobConfig) -> int:
@@ -286,7 +285,7 @@ def processes_here(job: JobConfig) -> int:
     """Workers of a job on CPUs that share this machine; one on a cluster that the job names."""
     if job.cluster.address not in ("auto", "local"):
         return 1
-    able = int((os.cpu_count() or 1) // job.cluster.cpus_per_worker)
+    able = int(cores() // job.cluster.cpus_per_worker)
     return max(1, min(most_workers(job) or 1, able))
 
 

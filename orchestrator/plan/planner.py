@@ -1,6 +1,5 @@
 """`plan_job`: a job's bytes on one device, whether they fit, and what would make them fit."""
 
-import os
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,6 +28,7 @@ from orchestrator.plan.machine import Gpu, machine
 from orchestrator.plan.parts import WIDTH
 from orchestrator.plan.shapes import read_shape
 from orchestrator.plan.speed import Pace, pace
+from orchestrator.processor import cores
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,7 @@ def plan_job(
         longest or longest_example(job),
         examples=count_examples(job.data, job.model),
     )
-    if not device.cuda and processes_here(job) > 1:
-        need = beside(need, processes_here(job))
+    need = beside(need, processes_here(job))
     if trials is None:
         need = _with_trials(need)
     plan = make_plan(need, calibrate)
@@ -150,7 +149,7 @@ def _with_trials(need: Need) -> Need:
         least = most = most * sharing(job)
     elif job.cluster.workers == "auto":
         # As a Ray of its own has it.
-        need = as_many_as_fit(need, cpu_workers(job, os.cpu_count() or 1))
+        need = as_many_as_fit(need, cpu_workers(job, cores()))
         least = most = need.machine.processes
     wanted = trials_at_once(job, need.machine.cuda, most)
     need = replace(need, engines=engines(wanted, least))

@@ -14,7 +14,9 @@ from torch.utils._pytree import tree_leaves
 _News = tuple[tuple[torch.Size, tuple[int, ...], torch.dtype], ...]
 _GIVEN = "the first operand, as it was"
 # By operation and operands; None of what is neither.
-_seen: dict[Any, _News | str | None] = {}
+_Made = _News | str | None
+_seen: dict[Any, _Made] = {}
+_UNSEEN = "not seen yet"
 _MOST_SEEN = 2**16
 
 
@@ -23,7 +25,7 @@ def result(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     operands = _described(args)
     try:
         key = (func, operands, _described(tuple(kwargs.items())))
-        made = _seen.get(key, "")
+        made = _seen.get(key, _UNSEEN)
     except TypeError:
         # An operand that has no hash.
         return func(*args, **kwargs)
@@ -32,15 +34,18 @@ def result(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if isinstance(made, tuple):
         return _new(made)
     found = func(*args, **kwargs)
-    if made is not None:
+    if made == _UNSEEN:
         if len(_seen) >= _MOST_SEEN:
             _seen.clear()
         changes = func._schema.is_mutable
-        # Only there nothing but the description changes.
-        on_meta = isinstance(found, Tensor) and found.device.type == "meta"
-        given = changes and on_meta and found is args[0] and _described(found) == operands[0]
-        _seen[key] = _GIVEN if given else None if changes else _news((args, kwargs), found)
+        _seen[key] = _kept(args, operands, found) if changes else _news((args, kwargs), found)
     return found
+
+
+def _kept(args: tuple[Any, ...], before: tuple[Any, ...], found: Any) -> _Made:
+    """What an operation in place gave: `_GIVEN` on the meta device, where no values change."""
+    on_meta = isinstance(found, Tensor) and found.device.type == "meta"
+    return _GIVEN if on_meta and found is args[0] and _described(found) == before[0] else None
 
 
 def _described(value: Any) -> Any:

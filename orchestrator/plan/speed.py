@@ -1,6 +1,5 @@
 """Expected tokens per second: the step's operations over the device's measured product rate."""
 
-import os
 import time
 from dataclasses import dataclass
 from functools import lru_cache
@@ -8,6 +7,7 @@ from functools import lru_cache
 from orchestrator.plan.fit import Settled, all_trials, largest_batch
 from orchestrator.plan.machine import Machine
 from orchestrator.plan.parts import target_layers
+from orchestrator.processor import cores
 
 # Share of the rate of matrix products that a step reaches; the rest goes to norms, attention,
 # dequantization and the optimizer. Set by two jobs on one core with AVX-512 bf16, SmolLM2-135M of
@@ -52,8 +52,7 @@ def _at_once(device: Machine) -> int:
         return device.gpus
     import torch
 
-    cores = os.cpu_count() or 1
-    here = max(1, min(device.processes, cores // torch.get_num_threads()))
+    here = max(1, min(device.processes, cores() // torch.get_num_threads()))
     return here * max(1, device.gpus // device.processes)
 
 

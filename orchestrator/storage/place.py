@@ -39,7 +39,7 @@ class Place:
 
     def begun(self) -> bool:
         """Whether training began."""
-        return any(next(self.folder.glob(pattern), None) for pattern in ("checkpoints", _OF_TRIALS))
+        return (self.folder / "checkpoints").exists() or any(self.folder.glob(_OF_TRIALS))
 
     def open(self) -> None:
         """For the command, at its start: see what is there."""

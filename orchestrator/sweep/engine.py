@@ -44,7 +44,7 @@ def _serve(config: dict[str, Any], device: Any, world: Any, observer: Any) -> di
     engine, engines = (world.rank, world.size) if apart else (0, 1)
     places = ceil(config["trials"] / engines)
     ground = open_ground(
-        config["job"], cache_dir(), device, world, observer, config["shared"], places, apart
+        config["job"], cache_dir(), device, world, observer, config["shared"], places, engines
     )
     with world.together():
         if config["job"].sweep is not None:

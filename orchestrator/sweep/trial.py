@@ -23,7 +23,7 @@ from orchestrator.tracking.observer import JournalObserver, stop_path
 from orchestrator.training.membership import Member
 
 if TYPE_CHECKING:
-    # It brings torch, which the trials of shared engines do without: 200 MB and a second each.
+    # It brings Ray Train, which trials of shared engines do without: a quarter of a second each.
     from orchestrator.sweep.launch import RunningEngine
 
 # Searchers and schedulers take no NaN: a trial that failed is worse than any that did not.

@@ -120,6 +120,7 @@ class Delivery:
         """
         self._deadline = time.monotonic() + timeout
         self._closing.set()
+        # A command that was refused before it began has a word for MLflow too.
         self.start()
         self._thread.join(timeout)
         # Where another delivery of this run holds the lock, its cursor tells what is done.

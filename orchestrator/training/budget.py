@@ -42,7 +42,7 @@ def decide(
     world: World,
     trials: int,
     observer: Observer,
-    apart: bool = False,
+    engines: int = 1,
 ) -> Budget:
     """What the job file says; where it says `auto`, the best that fits by the plan.
 
@@ -54,17 +54,17 @@ def decide(
         world: this process among the workers; all of them get the same budget.
         trials: adapters that train at once on this worker.
         observer: hears the plan.
-        apart: whether each worker trains adapters of its own.
+        engines: workers of which each trains adapters of its own; one where all train the same.
 
     Raises:
         RefusedError: the job does not fit the device.
     """
-    longest, most = int(lengths.max()), _most(job, lengths, 1 if apart else world.size, trials)
+    longest, most = int(lengths.max()), _most(job, lengths, world.size // engines, trials)
     try:
         need = replace(
             _need(job, model, longest, most, device, world, trials),
             short=int(np.quantile(lengths, _SHORT)),
-            engines=world.size if apart else 1,
+            engines=engines,
             examples=Examples(len(lengths), int(lengths.sum()), "exactly"),
         )
         plan = make_plan(need, calibrate=world.leads)
@@ -77,7 +77,7 @@ def decide(
 
 
 def check_before_download(
-    job: JobConfig, device: torch.device, world: World, trials: int, apart: bool = False
+    job: JobConfig, device: torch.device, world: World, trials: int, engines: int = 1
 ) -> None:
     """Refuse what fits with no data at all, before gigabytes of weights are fetched.
 
@@ -91,7 +91,7 @@ def check_before_download(
     no_data = job.model_copy(update={"data": data})
     try:
         need = _need(no_data, job.model, _LEAST, _LEAST, device, world, trials)
-        plan = make_plan(replace(need, engines=world.size if apart else 1), calibrate=False)
+        plan = make_plan(replace(need, engines=engines), calibrate=False)
     except UnplannableError:
         # Whoever fetches the model says what is wrong with its name.
         return

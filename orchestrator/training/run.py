@@ -105,7 +105,7 @@ def open_ground(
     observer: Observer,
     shared: store.SharedBases | None = None,
     trials: int = 1,
-    apart: bool = False,
+    engines: int = 1,
 ) -> Ground:
     """Prepare the data, plan the memory and load the base, on every worker or on none.
 
@@ -117,7 +117,7 @@ def open_ground(
         observer: hears what the user should know.
         shared: where other machines find what one has quantized; None: there are no others.
         trials: adapters that train at once over the base.
-        apart: whether each worker trains adapters of its own, in place of its share of all.
+        engines: workers of which each trains adapters of its own; one where all train the same.
 
     Raises:
         RefusedError: the model, the data or the settings cannot be trained, or do not fit.
@@ -130,7 +130,7 @@ def open_ground(
     with world.together():
         dtype = devices.compute_dtype(job.quantization.compute_dtype, device)
         optimizers.resolve(job.training.optimizer, device)
-        budget.check_before_download(job, device, world, trials, apart)
+        budget.check_before_download(job, device, world, trials, engines)
         origin = source.locate(job.model, cache_dir)
         bases_dir = cache_dir / "bases"
         tokenizer = store.tokenizer(origin, job.quantization, dtype, bases_dir)
@@ -147,7 +147,7 @@ def open_ground(
     with world.together():
         model = _config_at(job.model, described)
         lengths = data.train.lengths
-        chosen = budget.decide(job, model, lengths, device, world, trials, observer, apart)
+        chosen = budget.decide(job, model, lengths, device, world, trials, observer, engines)
     chosen = budget.agree(chosen, world)
     memory.return_freed_memory()
     # Quantized once: by the leader, whose machine's other workers find it in their store; other
@@ -163,7 +163,7 @@ def open_ground(
         base = bases.load(entry, device, job.model.trust_remote_code)
         _check_lengths(data, base)
     budget.apply(chosen, base.model)
-    team = world.alone() if apart else world
+    team = world.alone() if engines > 1 else world
     engine = Engine(
         base, AdapterSet(base.model), team, chosen.tokens, partial(tell_shortened, observer.emit)
     )
