@@ -127,7 +127,6 @@ def _sweep(
     # when it is imported.
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     quiet_libraries()
-    from orchestrator.cluster.session import session
     from orchestrator.sweep.finish import conclude, results, settle
     from orchestrator.sweep.outcome import spent_seconds
 
@@ -135,6 +134,8 @@ def _sweep(
     with JournalObserver(run_dir) as observer:
         # The pause before it is none of the sweep's time.
         observer.emit("command")
+    from orchestrator.cluster.session import session
+
     delivery, trials = Delivery(job, run_dir, say), TrialDeliveries(job, run_dir, say)
     status, error, engine = "failed", None, {}
     try:

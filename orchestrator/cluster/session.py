@@ -82,9 +82,11 @@ def session(
     with ExitStack() as environment:
         with _own_sigterm():
             importing = import_beside(libraries)
-            own = _connect(address, say, environment)
-            # Two threads in one library's imports can trip over each other.
-            importing.join()
+            try:
+                own = _connect(address, say, environment)
+            finally:
+                # Two threads in one library's imports can trip over each other.
+                importing.join()
         try:
             nodes = (node["Resources"] for node in ray.nodes() if node["Alive"])
             yield Session(own, tuple(map(_resources, nodes)), _most())

@@ -157,7 +157,7 @@ def fork(course: Course, path: Path, origin: str | None) -> None:
     """Go on from another adapter's checkpoint; the leader decides which that is.
 
     Where the other one has gone on from elsewhere meanwhile, and its checkpoint went with that, its
-    newest takes the place.
+    newest takes the place, if that is still of an adapter such as this one.
 
     Args:
         course: of an adapter of the same shape.
@@ -173,6 +173,8 @@ def fork(course: Course, path: Path, origin: str | None) -> None:
             found = checkpoint.read_path(path)
         except CheckpointError as error:
             found, gone = checkpoint.newest(path.parent, course.say), str(error)
+            if found is not None and found.state.get("lora") != _lora(course):
+                found = None
     step, gone = world.from_leader((found and found.step, gone))
     if step is None:
         raise CheckpointError(gone)
@@ -316,6 +318,7 @@ def save(course: Course) -> None:
                 "progress": course.progress.to_json(),
                 "numbers": tenant.numbers(),
                 "identity": course.ground.identity,
+                "lora": _lora(course),
                 "forked_from": course.forked_from,
             },
         ),
@@ -323,6 +326,11 @@ def save(course: Course) -> None:
     checkpoint.prune(folder, step, course.job.checkpoint.keep, course.progress.best_step)
     seconds = time.perf_counter() - began
     course.observer.emit("checkpoint", step=step, path=str(path), seconds=seconds)
+
+
+def _lora(course: Course) -> dict[str, Any]:
+    """What its adapter is, as JSON has it."""
+    return course.job.lora.model_dump(mode="json")
 
 
 def adapter_path(course: Course) -> Path:
