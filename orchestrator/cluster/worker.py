@@ -52,7 +52,9 @@ def as_worker(config: dict[str, Any], work: Callable[..., dict[str, Any]]) -> An
         if config["own"] and device.type == "cpu":
             # All workers have joined by now, so none of them is taken for another process of Ray's.
             let_ray_wait()
-        place = _place(config, world)
+        with world.together():
+            place = worker_place(config["job"], Path(config["run_dir"]))
+        _take_place(place, config["proof"], world)
         found = {**config, "run_dir": str(place.folder), "shared": _shared(place, world, config)}
         with (
             _observer(place.folder, world.leads, config["job"].name) as observer,
@@ -66,18 +68,16 @@ def as_worker(config: dict[str, Any], work: Callable[..., dict[str, Any]]) -> An
         return error
 
 
-def _place(config: dict[str, Any], world: Any) -> Place:
-    """Where the run lies, with what was trained before on this machine's disk."""
+def _take_place(place: Place, proof: str, world: Any) -> None:
+    """See that the run lies there, with what was trained before on this machine's disk."""
     with world.together():
-        place = worker_place(config["job"], Path(config["run_dir"]))
-        _check_shared(place, config["proof"])
+        _check_shared(place, proof)
     with world.together():
         if world.leads:
             place.take_over()
     with world.together():
         if not world.leads:
             place.fetch()
-    return place
 
 
 def _shared(place: Place, world: Any, config: dict[str, Any]) -> Any:

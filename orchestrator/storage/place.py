@@ -220,10 +220,10 @@ class StorePlace(Place):
         """Whether that word is seen here.
 
         Raises:
-            OrchestratorError: the store cannot be read from here.
+            RefusedError: the store cannot be read from here.
         """
         found: list[bytes | None] = []
-        with self._or_else(OrchestratorError, f"cannot be read on node {platform.node()}"):
+        with self._or_else(RefusedError, f"cannot be read on node {platform.node()}"):
             # Workers ask at each start, and a store that is away for a moment refuses nobody.
             patiently(lambda: found.append(self._store.read(_PROOF)))
         return found == [proof.encode()]
