@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from orchestrator.config import LoraConfig
 from orchestrator.errors import ModelError
+from orchestrator.model.compiled import compile_early
 from orchestrator.model.fuse import fuse
 from orchestrator.model.lora import LoraLinear, Placement, Slot, ThreadPlacement
 
@@ -132,6 +133,7 @@ class AdapterSet:
         on_cpu = next(model.parameters()).device.type == "cpu"
         self.placement = ThreadPlacement() if on_cpu else Placement()
         fuse(model, self._wrap)
+        compile_early(model)
 
     def add(self, config: LoraConfig, seed: int) -> Adapter:
         """Join an adapter; its layers are wrapped where no earlier adapter has done so.

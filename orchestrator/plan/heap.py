@@ -14,8 +14,6 @@ from collections.abc import Iterable
 # 32 MiB and held up to 5% more, in holes that large blocks leave.
 MAPPED_BYTES = 32 * 2**20
 _PAGE, _SLACK = 4096, 96
-# oneDNN keeps the machine code of each shape of a bfloat16 product: two blocks of 252 KiB.
-CODE_BLOCKS, CODE_BYTES = 2, 258_376
 
 # A block is made (key, bytes) or freed (key, -bytes).
 Event = tuple[int, int]
@@ -84,29 +82,25 @@ class Heap:
         del self._by_start[start], self._by_end[start + size]
 
 
-def heap_bytes(events: list[Event], new_codes: set[int], standing: Iterable[int]) -> int:
+def heap_bytes(events: list[Event], standing: Iterable[int]) -> int:
     """Most bytes of three equal passes, beyond `standing`.
 
     Args:
         events: one pass's blocks, in order.
-        new_codes: places in `events` before which oneDNN compiles a product, in the first pass.
         standing: blocks of the optimizer's state, made after the first pass.
     """
     heap, stay = Heap(), list(standing)
     for number in range(3):
-        _replay(heap, events, new_codes if number == 0 else set())
+        _replay(heap, events)
         if number == 0:
             for place, size in enumerate(stay):
                 heap.take(("standing", place), size)
     return heap.peak - sum(stay)
 
 
-def _replay(heap: Heap, events: list[Event], codes: set[int]) -> None:
+def _replay(heap: Heap, events: list[Event]) -> None:
     held: set[int] = set()
-    for place, (key, size) in enumerate(events):
-        if place in codes:
-            for block in range(CODE_BLOCKS):
-                heap.take(("code", place, block), CODE_BYTES)
+    for key, size in events:
         if size > 0:
             heap.take(key, size)
             held.add(key)

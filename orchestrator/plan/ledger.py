@@ -26,7 +26,8 @@ class Ledger(TorchDispatchMode):
         peak: the most that was held at a time.
         peak_note: the note under which that was.
         events: each block made and freed, as (key, bytes) and (key, -bytes).
-        products: place in `events` of the first matrix product of each shape.
+        products: the matrix products, each shape once: the operation, its operands' shapes and
+            strides.
     """
 
     def __init__(self, known: Iterable[Tensor], round_up: int = 64) -> None:
@@ -40,7 +41,7 @@ class Ledger(TorchDispatchMode):
         self.live = self.peak = 0
         self.peak_note = ""
         self.events: list[tuple[int, int]] = []
-        self.products: dict[Any, int] = {}
+        self.products: set[tuple[Any, tuple[Any, ...]]] = set()
         self._round_up, self._note = round_up, ""
         self._held: dict[int, Any] = {t.untyped_storage()._cdata: None for t in known}
 
@@ -63,7 +64,7 @@ class Ledger(TorchDispatchMode):
                 self._count(leaf)
         if func.overloadpacket.__name__ in _PRODUCTS:
             shapes = tuple((t.shape, t.stride()) for t in args if isinstance(t, Tensor))
-            self.products.setdefault((func, shapes), len(self.events))
+            self.products.add((func, shapes))
         return found
 
     def _count(self, tensor: Tensor) -> None:

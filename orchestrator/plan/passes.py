@@ -1,6 +1,6 @@
 """What one forward and backward pass allocates: the model's own code, run on the meta device."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
@@ -8,7 +8,7 @@ from typing import Any
 
 from orchestrator.errors import UnplannableError, first_line
 from orchestrator.lengths import row_lengths
-from orchestrator.plan.heap import CODE_BLOCKS, CODE_BYTES, heap_bytes
+from orchestrator.plan.heap import heap_bytes
 from orchestrator.plan.shapes import Shape, build
 
 # How layers are recomputed, planned and in training. Only the adapters' dropout draws numbers in
@@ -17,9 +17,12 @@ CHECKPOINTING = {"use_reentrant": False, "preserve_rng_state": False}
 # Layers by which two runs differ, on CUDA or not. A CPU's heap takes some layers to settle; from
 # there on its holes grow evenly.
 _LAYERS_APART = {True: 1, False: 8}
-# oneDNN's primitives for each product that is counted: for operands in several orders, and for the
-# segments that such rows end with. 20 to 29 MiB a length of rows in models of 18 products.
-_COMPILED = 2.6
+# oneDNN keeps what it compiled: 504 KiB on the heap for each shape of a product, and beside it the
+# machine code, here fitted to products of 512 to 32000 inputs on AMX.
+_COMPILED, _CODE, _CODE_OF_INPUT, _MOST_CODE = 516_752, 2**17, 128, 2**20
+# Shapes for each product that is counted: for operands in several orders, and for the segments that
+# such rows end with. 20 to 29 MiB a length of rows in models of 18 products.
+_SHAPES = 2.6
 
 
 @dataclass(frozen=True)
@@ -148,19 +151,25 @@ def _run(shape: Shape, planned: Pass, depth: int) -> PassBytes:
             loss = planned_loss(
                 picked, head, softcap, _logit_scale(text), _products(planned), planned.cuda
             )
-        at_loss, forward = ledger.peak, set(ledger.products.values())
+        at_loss, forward = ledger.peak, set(ledger.products)
         loss.backward()
     in_loss = ledger.peak_note == "loss"
     holes = 0
     if not planned.cuda:
+        holes = heap_bytes(ledger.events, planned.standing) - ledger.peak
         # Only bfloat16 products go through oneDNN here; float32's have no code of their own.
-        codes = set(ledger.products.values()) if planned.products == "bfloat16" else set()
-        holes = heap_bytes(ledger.events, codes, planned.standing) - ledger.peak
-        trained = len(row_lengths(tokens))
-        evaluated = len(row_lengths(max(tokens, planned.longest_row))) - trained
-        compiled = (trained - 1) * len(codes) + evaluated * len(codes & forward)
-        holes += round(compiled * _COMPILED * CODE_BLOCKS * CODE_BYTES)
+        if planned.products == "bfloat16":
+            trained = len(row_lengths(tokens))
+            evaluated = len(row_lengths(max(tokens, planned.longest_row))) - trained
+            holes += trained * _compiled(ledger.products) + evaluated * _compiled(forward)
     return PassBytes(ledger.peak, kept, max(0, at_loss - kept), in_loss, holes)
+
+
+def _compiled(products: Iterable[tuple[Any, tuple[Any, ...]]]) -> int:
+    """Bytes that oneDNN keeps of products, for one length of rows."""
+    inner = (operands[-1][0][-2] for _, operands in products)
+    code = (_CODE + min(_MOST_CODE, _CODE_OF_INPUT * inputs) for inputs in inner)
+    return sum(round(_SHAPES * _COMPILED) + part for part in code)
 
 
 def _products(planned: Pass) -> Any:

@@ -19,6 +19,7 @@ from orchestrator.errors import TrainingError
 from orchestrator.lengths import row_length
 from orchestrator.model.adapters import Adapter, AdapterSet
 from orchestrator.model.base import Base
+from orchestrator.model.compiled import compile_loss
 from orchestrator.model.loss import token_losses
 from orchestrator.model.packed import hidden_states
 from orchestrator.training import memory
@@ -193,6 +194,7 @@ class Engine:
 
     def _train_row(self, row: Row, holders: Sequence[Adapter], factors: Tensor) -> Tensor:
         """Forward and backward of one row; returns each tenant's sum of losses, float64 (k,)."""
+        compile_loss(self.base.head, len(row.targets))
         spans = [(holders[tenant], start, stop) for tenant, start, stop in row.spans]
         with self.adapters.active(spans, row.dropout_keys):
             hidden = hidden_states(self.base, row.tokens, row.lengths)

@@ -239,14 +239,15 @@ def test_twenty_trials_on_two_cores_most_of_them_stopped_early(
 def test_a_sweep_whose_time_is_up_ends_with_the_best_it_has(
     commands: Commands, job_file: JobFile, tmp_path: Path
 ) -> None:
-    # Trials of one evaluation: even beside other work some come to their end.
-    job = _job(job_file, "short", 4, trials=500, searcher="random", time_budget=60)
+    # Trials of two evaluations: even beside other work some come to their end.
+    job = _job(job_file, "short", 8, trials=500, searcher="random", time_budget=60)
     ended = commands.run("sweep", job, "--json")
     assert ended.status == 0, ended.err
     trials = ended.result["trials"]
-    assert {trial["status"] for trial in trials} == {"finished", "stopped"}
+    # Whoever is beyond its first evaluation when the time is up still ends with its last.
+    assert {trial["status"] for trial in trials} <= {"finished", "stopped"}
     finished = [trial for trial in trials if trial["status"] == "finished"]
-    assert len(trials) < 500 and len(trials) - len(finished) <= 2
+    assert finished and len(trials) < 500 and len(trials) - len(finished) <= 2
     assert ended.result["best"]["eval_loss"] == min(trial["eval_loss"] for trial in finished)
     again = commands.run("sweep", job, "--json")
     assert again.status == 0 and again.result["trials"] == trials
