@@ -17,12 +17,10 @@ CHECKPOINTING = {"use_reentrant": False, "preserve_rng_state": False}
 # Layers by which two runs differ, on CUDA or not. A CPU's heap takes some layers to settle; from
 # there on its holes grow evenly.
 _LAYERS_APART = {True: 1, False: 8}
-# oneDNN keeps what it compiled: 504 KiB on the heap for each shape of a product, and beside it the
-# machine code, here fitted to products of 512 to 32000 inputs on AMX.
-_COMPILED, _CODE, _CODE_OF_INPUT, _MOST_CODE = 516_752, 2**17, 128, 2**20
-# Shapes for each product that is counted: for operands in several orders, and for the segments that
-# such rows end with. 20 to 29 MiB a length of rows in models of 18 products.
-_SHAPES = 2.6
+# What oneDNN keeps of each product that is counted, with its other orders of operands and those of
+# segments: blocks of 540 KiB on the heap, and machine code that grows with its inputs. On AMX
+# it was 21 MiB a length of rows in a model of 576 and 1536 inputs, 31 in one of 2048 and 8192.
+_COMPILED, _COMPILED_OF_INPUT, _MOST_INPUTS = 920 * 2**10, 480, 8192
 
 
 @dataclass(frozen=True)
@@ -167,9 +165,8 @@ def _run(shape: Shape, planned: Pass, depth: int) -> PassBytes:
 
 def _compiled(products: Iterable[tuple[Any, tuple[Any, ...]]]) -> int:
     """Bytes that oneDNN keeps of products, for one length of rows."""
-    inner = (operands[-1][0][-2] for _, operands in products)
-    code = (_CODE + min(_MOST_CODE, _CODE_OF_INPUT * inputs) for inputs in inner)
-    return sum(round(_SHAPES * _COMPILED) + part for part in code)
+    inputs = (operands[-1][0][-2] for _, operands in products)
+    return sum(_COMPILED + _COMPILED_OF_INPUT * min(count, _MOST_INPUTS) for count in inputs)
 
 
 def _products(planned: Pass) -> Any:
