@@ -13,7 +13,7 @@ from orchestrator.identity import Change, changed_keys, changed_sweep_keys
 from orchestrator.jobfile import dump_job, job_from_mapping, load_job
 from orchestrator.storage.place import Place
 from orchestrator.tracking.cursor import Cursor
-from orchestrator.tracking.journal import journal_path, read_events
+from orchestrator.tracking.journal import last_step
 from orchestrator.tracking.secrets import redact
 
 
@@ -57,7 +57,7 @@ def check_run(job: JobConfig, place: Place) -> None:
     """
     if _holds_sweep(place.folder):
         raise RefusedError(_of_another_kind(job, place.name, "sweep", "fine-tune"))
-    trained = _last_step(place.folder)
+    trained = last_step(place.folder)
     if place.begun() or trained:
         _check_same(job, place.folder, place.name, changed_keys)
         _check_length(job, place.name, trained)
@@ -71,7 +71,7 @@ def check_sweep(job: JobConfig, run_dir: Path) -> None:
     """
     if _holds_sweep(run_dir):
         _check_same(job, run_dir, str(run_dir), changed_sweep_keys)
-    elif (run_dir / "checkpoints").exists() or _last_step(run_dir):
+    elif (run_dir / "checkpoints").exists() or last_step(run_dir):
         raise RefusedError(_of_another_kind(job, str(run_dir), "fine-tune", "sweep"))
 
 
@@ -114,10 +114,3 @@ def _of_another_kind(job: JobConfig, where: str, held: str, wanted: str) -> str:
 
 def _holds_sweep(run_dir: Path) -> bool:
     return (run_dir / "trials").exists() or (run_dir / ".tune").exists()
-
-
-def _last_step(run_dir: Path) -> int:
-    """The highest step in a journal; 0 where there is none."""
-    path = journal_path(run_dir)
-    events = [event for event, _ in read_events(path)] if path.exists() else []
-    return max((event["step"] for event in events if event["event"] == "step"), default=0)

@@ -27,9 +27,15 @@ from orchestrator.cluster.plan import WorkerPlan, plan_workers
 from orchestrator.cluster.session import Session, check_kept
 from orchestrator.cluster.worker import train
 from orchestrator.config import JobConfig
-from orchestrator.errors import InterruptedRunError, OrchestratorError, WorkerLostError, last_line
+from orchestrator.errors import (
+    InterruptedRunError,
+    OrchestratorError,
+    RefusedError,
+    WorkerLostError,
+    last_line,
+)
 from orchestrator.storage.place import Place, command_place
-from orchestrator.tracking.journal import journal_path
+from orchestrator.tracking.journal import journal_path, last_step
 from orchestrator.tracking.observer import stop_path
 
 _START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
@@ -103,6 +109,22 @@ def run_workers(
                 outcome = _wait(job, run_dir, _trainer(job, run_dir, plan, retries, work, config))
         finally:
             shutil.rmtree(run_dir / ".ray", ignore_errors=True)
+    return result(outcome, run_dir)
+
+
+def result(outcome: Any, run_dir: Path) -> dict[str, Any]:
+    """The results that the leading worker returned.
+
+    Args:
+        outcome: what it returned.
+        run_dir: the run's folder, with what the command has of its journal.
+
+    Raises:
+        OrchestratorError: it returned this error. Refused is only a run that has not begun, which a
+            worker that cannot read the run's store does not know.
+    """
+    if isinstance(outcome, RefusedError) and last_step(run_dir):
+        raise OrchestratorError(str(outcome)) from outcome
     if isinstance(outcome, OrchestratorError):
         raise outcome
     if not isinstance(outcome, dict):

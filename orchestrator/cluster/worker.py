@@ -54,7 +54,7 @@ def as_worker(config: dict[str, Any], work: Callable[..., dict[str, Any]]) -> An
             let_ray_wait()
         with world.together():
             place = worker_place(config["job"], Path(config["run_dir"]))
-        _take_place(place, config["proof"], world)
+        _check_and_fetch(place, config["proof"], world)
         found = {**config, "run_dir": str(place.folder), "shared": _shared(place, world, config)}
         with (
             _observer(place.folder, world.leads, config["job"].name) as observer,
@@ -68,7 +68,7 @@ def as_worker(config: dict[str, Any], work: Callable[..., dict[str, Any]]) -> An
         return error
 
 
-def _take_place(place: Place, proof: str, world: Any) -> None:
+def _check_and_fetch(place: Place, proof: str, world: Any) -> None:
     """See that the run lies there, with what was trained before on this machine's disk."""
     with world.together():
         _check_shared(place, proof)

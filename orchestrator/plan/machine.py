@@ -12,8 +12,8 @@ from orchestrator.processor import has_bfloat16
 # A process's CUDA context with its loaded kernels (torch, cuBLAS, bitsandbytes) and cuBLAS's
 # workspace. An assumption: not measured on a GPU yet.
 CUDA_CONTEXT = 2**29
-# What the first step pages in on a CPU beyond the imports: code of the kernels, the compiled
-# products of oneDNN, the model's classes. 30 to 50 MiB in two Llama models of 8 layers.
+# What the first step pages in on a CPU beyond the imports: code of the kernels, the model's
+# classes. 30 to 50 MiB in two Llama models of 8 layers.
 CPU_RUNTIME = 48 * 2**20
 _LOOK_SECONDS = 120
 _LOOK = (

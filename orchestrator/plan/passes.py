@@ -17,9 +17,10 @@ CHECKPOINTING = {"use_reentrant": False, "preserve_rng_state": False}
 # Layers by which two runs differ, on CUDA or not. A CPU's heap takes some layers to settle; from
 # there on its holes grow evenly.
 _LAYERS_APART = {True: 1, False: 8}
-# What oneDNN keeps of each product that is counted, with its other orders of operands and those of
-# segments: blocks of 540 KiB on the heap, and machine code that grows with its inputs. On AMX
-# it was 21 MiB a length of rows in a model of 576 and 1536 inputs, 31 in one of 2048 and 8192.
+# What oneDNN keeps of each product that is counted: its operands come in other orders as well, and
+# with segments of other lengths, some 1.8 shapes in all. Each takes 540 KiB of the heap, and more
+# with its inputs, as machine code does, up to the widest of the models that were measured. On AMX
+# it was 21 MiB a length of rows with 576 and 1536 inputs, 31 MiB with 2048 and 8192.
 _COMPILED, _COMPILED_OF_INPUT, _MOST_INPUTS = 920 * 2**10, 480, 8192
 
 
@@ -55,7 +56,7 @@ class PassBytes:
 
     peak: the most that is held at a time. kept: what the forward pass leaves for the backward.
     logits: what the loss holds beside `kept` at its own peak. in_loss: whether the pass's peak
-    is that of the loss. holes: what the heap takes on a CPU beyond `peak`.
+    is that of the loss. holes: what the heap takes on a CPU beyond `peak`, and what is compiled.
     """
 
     peak: int
@@ -159,14 +160,22 @@ def _run(shape: Shape, planned: Pass, depth: int) -> PassBytes:
         if planned.products == "bfloat16":
             trained = len(row_lengths(tokens))
             evaluated = len(row_lengths(max(tokens, planned.longest_row))) - trained
-            holes += trained * _compiled(ledger.products) + evaluated * _compiled(forward)
+            passing = {tokens} - {n for la in shape.linears for n in (la.inputs, la.outputs)}
+            holes += trained * _compiled(ledger.products, passing)
+            holes += evaluated * _compiled(forward, passing)
     return PassBytes(ledger.peak, kept, max(0, at_loss - kept), in_loss, holes)
 
 
-def _compiled(products: Iterable[tuple[Any, tuple[Any, ...]]]) -> int:
-    """Bytes that oneDNN keeps of products, for one length of rows."""
+def _compiled(products: Iterable[tuple[Any, tuple[Any, ...]]], passing: set[int]) -> int:
+    """Bytes that oneDNN keeps of products, for one length of rows.
+
+    Args:
+        products: as the ledger has them.
+        passing: inputs that are tokens of the longest row; others' rows have fewer.
+    """
     inputs = (operands[-1][0][-2] for _, operands in products)
-    return sum(_COMPILED + _COMPILED_OF_INPUT * min(count, _MOST_INPUTS) for count in inputs)
+    widths = (0 if count in passing else min(count, _MOST_INPUTS) for count in inputs)
+    return sum(_COMPILED + _COMPILED_OF_INPUT * width for width in widths)
 
 
 def _products(planned: Pass) -> Any:

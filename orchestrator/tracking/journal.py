@@ -116,6 +116,13 @@ def read_events(path: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any], i
                 yield event, offset
 
 
+def last_step(run_dir: Path) -> int:
+    """The highest step in the journal of the run in this folder; 0 where there is none."""
+    path = journal_path(run_dir)
+    events = [event for event, _ in read_events(path)] if path.exists() else []
+    return max((event["step"] for event in events if event["event"] == "step"), default=0)
+
+
 def _identity(event: dict[str, Any]) -> tuple[Any, ...] | None:
     names = _IDENTITIES.get(event["event"])
     return None if names is None else (event["event"], *(event.get(name) for name in names))

@@ -2,12 +2,15 @@
 
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from orchestrator.cluster import driver, observer
 from orchestrator.cluster.plan import WorkerPlan
+from orchestrator.errors import OrchestratorError, RefusedError
+from orchestrator.tracking.journal import Journal, journal_path
 
 TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 
@@ -44,3 +47,15 @@ def test_a_release_of_ray_that_keeps_its_notices_elsewhere_only_costs_the_notice
     monkeypatch.setitem(sys.modules, "ray.train.v2._internal.execution.context", None)
     drain = observer._Drain()
     assert not drain.heard and not drain.noticed()
+
+
+def test_a_run_is_refused_only_before_its_first_step(tmp_path: Path) -> None:
+    refused = RefusedError("output_dir: s3://runs/a cannot be read on node b")
+    with pytest.raises(RefusedError):
+        driver.result(refused, tmp_path)
+    with Journal(journal_path(tmp_path)) as journal:
+        journal.append("step", step=1, loss=2.0)
+    with pytest.raises(OrchestratorError, match="cannot be read") as raised:
+        driver.result(refused, tmp_path)
+    assert not isinstance(raised.value, RefusedError)
+    assert driver.result({"status": "finished"}, tmp_path) == {"status": "finished"}

@@ -65,6 +65,12 @@ def test_a_new_length_is_passed_twice_by_the_first_layer(
     assert passes(40) == [0, 1]
     # As long a row, of segments that are shorter.
     assert passes(20, 20) == [0, 0, 1]
+    # A segment was as long, no row was.
+    assert passes(32) == [0, 0, 1]
+    # Of its segment's length there was one, of its rank none.
+    adapters.remove(adapter)
+    adapter = adapters.add(LoraConfig(rank=8), 0)
+    assert passes(32) == [0, 0, 1]
     with torch.no_grad():
         assert passes(50) == [0, 1]
     assert not adapter.gradient.any()
@@ -88,6 +94,13 @@ def test_chunks_of_a_new_size_are_computed_before_the_row(monkeypatch: pytest.Mo
     for targets in (30, 60, 100, 300, 256, 0):
         compiled.compile_loss(head, targets)
     assert sizes == [64, 128]
+
+
+def test_a_chunk_is_computed_with_the_real_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Head, "compiles", True)
+    monkeypatch.setattr(compiled, "_chunks", set())
+    compiled.compile_loss(Head(torch.ones(50, 8)), 10)
+    assert compiled._chunks == {((50, 8), 64, torch.get_num_threads())}
 
 
 def test_layers_of_two_kinds_are_met_once_each(
