@@ -21,7 +21,7 @@ _LAYERS_APART = {True: 1, False: 8}
 # with segments of other lengths, some 1.8 shapes in all. Each takes 540 KiB of the heap, and more
 # with its inputs, as machine code does, up to the widest of the models that were measured. On AMX
 # it was 21 MiB a length of rows with 576 and 1536 inputs, 31 MiB with 2048 and 8192.
-_COMPILED, _COMPILED_OF_INPUT, _MOST_INPUTS = 920 * 2**10, 480, 8192
+_COMPILED, _COMPILED_OF_INPUT, _MOST_INPUTS = 2**20, 480, 8192
 
 
 @dataclass(frozen=True)
