@@ -62,6 +62,11 @@ def chunk_length(vocabulary: int, filled: bool, logits_bytes: int = LOGITS_BYTES
     return tokens - tokens % CHUNK_STEP if filled and tokens >= 2 * CHUNK_STEP else tokens
 
 
+def filled_chunk(tokens: int, chunk: int) -> int:
+    """The length up to which so many tokens of a chunk are filled where products are compiled."""
+    return min(chunk, -(-tokens // CHUNK_STEP) * CHUNK_STEP)
+
+
 def block_length(vocabulary: int) -> int:
     """Tokens of a chunk whose float32 scores exist at a time on a CPU."""
     return max(_FEWEST_SCORED, SCORES_BYTES // (_FLOAT32 * vocabulary))

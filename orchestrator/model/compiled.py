@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from orchestrator.lengths import CHUNK_STEP, segment_length
+from orchestrator.lengths import filled_chunk, segment_length
 from orchestrator.model.lora import LoraLinear
 from orchestrator.model.loss import Head, token_losses
-from orchestrator.model.products import product_dtype
+from orchestrator.model.products import compiles
 
 # Shape of the head, tokens of a chunk, threads: of what this process has compiled.
 _chunks: set[tuple[torch.Size, int, int]] = set()
@@ -30,8 +30,7 @@ def compile_early(model: Any) -> None:
     Args:
         model: a base with its adapters' layers; nothing changes where no product is compiled.
     """
-    weight = model.get_output_embeddings().weight
-    if weight.device.type != "cpu" or product_dtype(weight.dtype, weight.device) != torch.bfloat16:
+    if not compiles(model.get_output_embeddings().weight):
         return
     for layer in _first_of_each_kind(model):
         layer.register_forward_pre_hook(_Rehearsal(), with_kwargs=True)
@@ -48,7 +47,7 @@ def compile_loss(head: Head, targets: int) -> None:
         return
     chunk, threads = head.chunk(), torch.get_num_threads()
     for tokens in filter(None, (min(targets, chunk), targets % chunk)):
-        size = min(chunk, -(-tokens // CHUNK_STEP) * CHUNK_STEP)
+        size = filled_chunk(tokens, chunk)
         key = head.weight.shape, size, threads
         if key not in _chunks:
             hidden = head.weight.new_zeros(size, head.weight.shape[1]).requires_grad_()

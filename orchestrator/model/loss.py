@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from orchestrator.lengths import (
-    CHUNK_STEP,
     LOGITS_BYTES,
     block_length,
     chunk_length,
+    filled_chunk,
     slice_length,
 )
-from orchestrator.model.products import add_product, product_dtype
+from orchestrator.model.products import add_product, compiles, product_dtype
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Head:
     @property
     def compiles(self) -> bool:
         """Whether a product is compiled for each number of tokens."""
-        return self.weight.device.type == "cpu" and self.product_dtype == torch.bfloat16
+        return compiles(self.weight)
 
     @property
     def product_dtype(self) -> torch.dtype:
@@ -148,7 +148,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 def _filled(rows: Tensor, chunk: int) -> Tensor:
     """With zeros up to some numbers of tokens."""
-    extra = min(-len(rows) % CHUNK_STEP, chunk - len(rows))
+    extra = filled_chunk(len(rows), chunk) - len(rows)
     return F.pad(rows, (*(0, 0) * (rows.dim() - 1), 0, extra)) if extra else rows
 
 

@@ -21,6 +21,12 @@ def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return getattr(torch, processor.product_dtype(name, device.type == "cuda"))
 
 
+def compiles(weight: Tensor) -> bool:
+    """Whether a product with a base's weight is compiled for each number of tokens."""
+    on_cpu = weight.device.type == "cpu"
+    return on_cpu and product_dtype(weight.dtype, weight.device) == torch.bfloat16
+
+
 def dense_weight(layer: nn.Module, dtype: torch.dtype) -> Tensor:
     """A linear layer's weight as (out, in), dequantized where it is stored in 4 bit."""
     weight: Any = layer.weight
