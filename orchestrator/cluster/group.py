@@ -59,6 +59,9 @@ def prepare(address: str, port: int) -> None:
     """Learn where the group meets; called on a worker."""
     from ray.train.torch.config import _set_torch_distributed_env_vars
 
+    # Whatever of torch must be there before a group is formed.
+    import orchestrator.training.collective  # noqa: F401
+
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = address, str(port)
     _set_torch_distributed_env_vars()
 

@@ -8,6 +8,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+# Before a group is formed: its functions keep the default group of that moment as their default
+# argument, and with it gloo's threads, which would outlive the group and abort a process that ends.
+import torch.distributed.nn.functional
 from torch import Tensor
 
 from orchestrator.errors import OrchestratorError, RefusedError, WorkerLostError, first_line

@@ -167,7 +167,7 @@ def _train(rank: int, size: int, refused: int | None, folder: Path) -> None:
         steps.append((result.loss, result.update.gradient_norm))
     (folder / f"{size}-{rank}.json").write_text(json.dumps({"steps": steps, "told": told}))
     if size > 1:
-        # A process that ends within the group now and then aborts: its gloo thread still runs.
+        # A process that ends within the group aborts now and then: gloo's threads still run.
         dist.destroy_process_group()
 
 

@@ -71,6 +71,8 @@ def test_a_killed_worker_comes_back_and_the_curve_is_the_same(
     worker = _worker(process.pid)
     assert "glibc.malloc.tcache_count=0" in worker.environ()["GLIBC_TUNABLES"]
     assert _interrupting(process.pid) == {worker.pid, worker.ppid()}
+    threads = Path(f"/proc/{worker.pid}/task").glob("*/comm")
+    assert not any("gloo" in path.read_text() for path in threads), "it has nobody to meet"
     worker.kill()
     ended = commands.wait(process)
     assert ended.status == 0, ended.err

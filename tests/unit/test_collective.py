@@ -12,6 +12,7 @@ from orchestrator.training.collective import World, join
 
 WORKER = """
 import json, sys
+from pathlib import Path
 import torch, torch.distributed as dist
 from orchestrator.training.collective import World
 
@@ -29,9 +30,12 @@ for flags in said:
         heard.append(world.take_answers())
 with world.together():
     own = world.alone()
+import peft  # As in a run: long after the group was formed.
 world.part()
 own.sum(parts)
-print(json.dumps([*heard, own.size, own.leads, dist.is_initialized()]))
+threads = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+gloo = any("gloo" in name for name in threads)
+print(json.dumps([*heard, own.size, own.leads, dist.is_initialized(), gloo]))
 """
 
 
@@ -49,7 +53,7 @@ def test_flags_travel_with_the_sum_all_hear_the_same_and_part(tmp_path: Path) ->
     sums = [[3.0] * 3, [10.0] * 4]
     # Nobody takes the second sum's answers: the third's come with them.
     flags = [[False, True], [True, False]]
-    assert json.loads(outs[0]) == [sums, flags[0], sums, sums, flags[1], 1, True, False]
+    assert json.loads(outs[0]) == [sums, flags[0], sums, sums, flags[1], 1, True, False, False]
     assert [worker.returncode for worker in workers] == [0, 0]
 
 
