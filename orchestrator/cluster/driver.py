@@ -19,7 +19,7 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from orchestrator import allocator
-from orchestrator.cluster.alone import NothingToAskFor
+from orchestrator.cluster.alone import NothingToAskFor, control
 from orchestrator.cluster.elastic import STOPPED, LivingNodes
 from orchestrator.cluster.forming import Forming, StartsAgain
 from orchestrator.cluster.group import GlooGroup
@@ -72,7 +72,7 @@ def run(job: JobConfig, run_dir: Path, here: Session, say: Callable[[str], None]
     """
     check_kept(run_dir)
     plan = plan_workers(job.cluster, here.nodes, here.most, here.own)
-    return run_workers(job, run_dir, plan, here, say, train, {})
+    return run_workers(job, run_dir, plan, here, say, train, {"controls": here.own})
 
 
 def run_workers(
@@ -93,7 +93,8 @@ def run_workers(
         here: the session.
         say: is told what the user should know.
         work: what each worker calls with its config.
-        more: what the config holds beside the driver's own words.
+        more: what the config holds beside the driver's own words; with `controls` Ray Train's
+            controller runs in this process, which ends Ray with itself.
 
     Returns:
         The results of the leading worker.
@@ -300,6 +301,8 @@ class _Trainer(DataParallelTrainer):  # type: ignore[misc]
             )
         elif self.train_loop_config["own"]:
             given["scaling_policy"] = NothingToAskFor(self.scaling_config)
+        if self.train_loop_config.get("controls"):
+            return control(given)
         return super()._initialize_and_run_controller(**given)
 
 

@@ -33,6 +33,8 @@ _INHERITED = {
     "RAY_num_workers_soft_limit": "0",
     "RAY_prestart_worker_first_driver": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # What its agent measures of the machine every five seconds is for a dashboard.
+    "REPORTER_UPDATE_INTERVAL_MS": "60000",
 }
 
 
@@ -174,6 +176,8 @@ def _connect(address: str, say: Callable[[str], None], environment: ExitStack) -
         # Ray itself switches its token on for a cluster that it starts so. Its dashboard is for
         # clusters that outlive a command; its eleven processes would cost two seconds of the start.
         ray.init(address="local", include_dashboard=False, **options)
+        # It reads the workers' logs for commands that print them, ten times a second.
+        ray._private.worker._global_node.kill_log_monitor(check_alive=False)
     except (RuntimeError, OSError, ValueError) as error:
         raise OrchestratorError(
             f"Ray does not start on this machine ({error}). `--local` runs the job without it"

@@ -1,6 +1,7 @@
 """The same job through Ray Train on local Ray: same curve, and a worker that dies."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -46,7 +47,8 @@ job = load_job(sys.argv[1])
 job.run_dir.mkdir(parents=True)
 with session("local", print) as here:
     plan = plan_workers(job.cluster, here.nodes, here.most, here.own)
-    print(run_workers(job, job.run_dir, plan, here, print, work, {"deadly": Deadly(sys.argv[2])}))
+    more = {"controls": True, "deadly": Deadly(sys.argv[2])}
+    print(run_workers(job, job.run_dir, plan, here, print, work, more))
 """
 
 
@@ -68,6 +70,8 @@ def test_a_killed_worker_comes_back_and_the_curve_is_the_same(
     wait_for(run_dir, reached(5), process)
     # Another command's `auto` finds no cluster in this one's Ray.
     assert find_bootstrap_address(None) == announced
+    beside = {"TrainController", "SynchronizationActor", "log_monitor"}
+    assert not any(name in title for name in beside for title in _titles(process.pid))
     worker = _worker(process.pid)
     assert "glibc.malloc.tcache_count=0" in worker.environ()["GLIBC_TUNABLES"]
     assert _interrupting(process.pid) == {worker.pid, worker.ppid()}
@@ -79,6 +83,28 @@ def test_a_killed_worker_comes_back_and_the_curve_is_the_same(
     assert ended.result["restarts"] == 1 and ended.result["workers"] == 1
     assert curve(run_dir) == whole
     assert len([e for e in journal(run_dir) if e["event"] == "start"]) == 2
+
+
+@pytest.mark.fault
+def test_ctrl_c_saves_and_the_same_command_goes_on_until_workers_fail_too_often(
+    commands: Commands, job_file: JobFile, tmp_path: Path, whole: list[tuple[int, float, float]]
+) -> None:
+    job = job_file("ray", training={"max_steps": 40}, cluster={**OWN, "max_failures": 0})
+    run_dir = tmp_path / "runs" / "ray"
+    process = commands.start("finetune", job, "--json")
+    wait_for(run_dir, reached(3), process)
+    process.send_signal(signal.SIGINT)
+    ended = commands.wait(process)
+    assert ended.status == 130 and "Run the same command again" in ended.err
+    stopped = len(curve(run_dir))
+    process = commands.start("finetune", job, "--json")
+    wait_for(run_dir, reached(stopped + 2), process)
+    _worker(process.pid).kill()
+    ended = commands.wait(process)
+    assert ended.status == 1
+    assert "cluster.max_failures is 0" in ended.result["error"]
+    found = curve(run_dir)
+    assert found == whole[: len(found)]
 
 
 @pytest.mark.fault
@@ -114,6 +140,12 @@ def _interrupting(command: int) -> set[int]:
         if min(threads) < 19:
             found.add(process.pid)
     return found
+
+
+def _titles(command: int) -> list[str]:
+    """What the processes are called that the command started."""
+    started = psutil.Process(command).children(recursive=True)
+    return [" ".join(process.cmdline()) for process in started]
 
 
 def _worker(command: int) -> psutil.Process:
