@@ -1,7 +1,7 @@
 """Our step beside TRL's on this machine; prints one JSON line.
 
     python -m tests.benchmarks.compare [--rows FILE] [--steps N] [--batch N] [--rank N]
-                                       [--trl SETTING]...
+                                       [--rounds N] [--trl SETTING]...
 
 FILE is jsonl with question and answer (GSM8K's columns); without it rows of the same lengths are
 made from the demo's dialogues. Every contestant is a process of its own and sees the same rows in
@@ -23,6 +23,7 @@ from typing import Any
 
 from tests.benchmarks.material import finish, journal, start, write_model, write_rows
 from tests.benchmarks.trl_runner import SETTINGS, WARM_UP
+from tests.benchmarks.turns import Run, by_turns, ratio
 
 
 def main() -> None:
@@ -32,28 +33,25 @@ def main() -> None:
         folder = Path(name)
         rows = write_rows(folder / "rows.jsonl", 4 * options.steps * options.batch, options.rows)
         model = write_model(folder / "model")
-        # Ray against --local: in turns, since the machine's speed drifts.
-        local, ray = [], []
-        for number in range(2):
-            ray.append(_ours(folder, model, rows, options, f"ray{number}", False))
-            local.append(_ours(folder, model, rows, options, f"local{number}", True))
+        # In turns, since the machine's speed drifts; the faster one counts.
+        local = [_ours(folder, model, rows, options, f"local{number}") for number in range(2)]
         ours = {
             "default": max(local, key=lambda result: result["tokens_per_second"]),
             "checkpointing": _ours(
-                folder, model, rows, options, "ck", True, "training.gradient_checkpointing=true"
+                folder, model, rows, options, "ck", "training.gradient_checkpointing=true"
             ),
         }
+        share = _ray_share(folder, model, rows, options)
         ordered = folder / "ordered.jsonl"
         _write_in_order(rows, ordered, options)
         trl = {s: _trl(model, ordered, s, options) for s in options.trl or SETTINGS}
-        print(json.dumps(_report(ours, trl, ray, local, model, options)))
+        print(json.dumps(_report(ours, trl, share, model, options)))
 
 
 def _report(
     ours: dict[str, Any],
     trl: dict[str, Any],
-    ray: list[dict[str, Any]],
-    local: list[dict[str, Any]],
+    ray_share: float,
     model: Path,
     options: argparse.Namespace,
 ) -> dict[str, Any]:
@@ -79,8 +77,7 @@ def _report(
         "mean_loss_difference": statistics.mean(a - b for a, b in pairs),
         "matmul_flops_per_second": rate,
         "share_of_matmul_rate": _flops_per_second(own, model, options.rank) / rate,
-        "ray_step_over_local_step": statistics.median(r["step_seconds"] for r in ray)
-        / statistics.median(r["step_seconds"] for r in local),
+        "ray_share_of_a_step": ray_share,
         "steps": options.steps,
         "cores": os.cpu_count(),
     }
@@ -92,36 +89,38 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=12, help="turns of Ray and of --local")
     parser.add_argument("--trl", action="append", choices=list(SETTINGS), metavar="SETTING")
     return parser.parse_args()
 
 
-def _ours(
-    folder: Path,
-    model: Path,
-    rows: Path,
-    options: argparse.Namespace,
-    name: str,
-    local: bool,
-    *settings: str,
+def _job(
+    folder: Path, model: Path, rows: Path, options: argparse.Namespace, name: str, steps: int
 ) -> dict[str, Any]:
-    job = {
+    return {
         "name": name,
         "output_dir": str(folder / "runs"),
         "model": {"base": str(model)},
         "lora": {"rank": options.rank, "alpha": 2 * options.rank},
         "data": {"train": str(rows), "validation": None, "max_length": 1024},
         "training": {
-            "max_steps": options.steps,
+            "max_steps": steps,
             "batch_size": options.batch,
             "learning_rate": 2e-4,
             "gradient_checkpointing": False,
         },
-        "checkpoint": {"every": options.steps},
+        "checkpoint": {"every": steps},
         "evaluation": {"samples": 0},
+        "cluster": {"address": "local"},
     }
+
+
+def _ours(
+    folder: Path, model: Path, rows: Path, options: argparse.Namespace, name: str, *settings: str
+) -> dict[str, Any]:
+    job = _job(folder, model, rows, options, name, options.steps)
     arguments = [part for setting in settings for part in ("--set", setting)]
-    result = finish(start(folder, job, *arguments, *(["--local"] if local else [])))
+    result = finish(start(folder, job, *arguments, "--local"))
     events = journal(folder / "runs" / name)
     steps = [event for event in events if event["event"] == "step"]
     counted = steps[WARM_UP:]
@@ -133,6 +132,21 @@ def _ours(
         "peak_bytes": result["peak_memory_bytes"],
         "losses": [step["loss"] for step in steps],
     }
+
+
+def _ray_share(folder: Path, model: Path, rows: Path, options: argparse.Namespace) -> float:
+    """What a step through Ray takes beyond one of `--local`, as a share of the latter."""
+    runs = {}
+    for name, arguments in {"ray": (), "local": ("--local",)}.items():
+        job = _job(folder, model, rows, options, f"turns-{name}", 10_000)
+        run = Run(start(folder, job, *arguments), folder / "runs" / f"turns-{name}")
+        run.reach(WARM_UP)
+        run.pause()
+        runs[name] = [run]
+    rates = by_turns(runs, options.rounds)
+    for (run,) in runs.values():
+        run.end()
+    return ratio(rates, "local", "ray") - 1
 
 
 def _write_in_order(rows: Path, target: Path, options: argparse.Namespace) -> None:

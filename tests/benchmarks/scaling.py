@@ -1,10 +1,10 @@
 """Two workers beside one on this machine: speed, bytes, start, recovery; prints one JSON line.
 
-    python -m tests.benchmarks.scaling [--rows FILE] [--steps N] [--batch N] [--rank N]
+    python -m tests.benchmarks.scaling [--rows FILE] [--rounds N] [--batch N] [--rank N]
 
-Every worker computes on one core, through Ray Train, and all runs train on the same rows; the
-first steps are not counted. `machine_efficiency` is what two runs that do not know of each other
-reach at once: what the machine itself allows.
+Every worker computes on one core, through Ray Train, and all runs train on the same rows, by turns:
+the ratios are medians over the rounds. `machine_efficiency` is what two runs that do not know of
+each other, and nothing of Ray, reach at once: what the machine itself allows.
 """
 
 import argparse
@@ -14,7 +14,6 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,14 @@ from typing import Any
 import psutil
 
 from orchestrator.config import CheckpointConfig
-from tests.benchmarks.material import finish, journal, start, write_model, write_rows
+from tests.benchmarks.material import journal, start, write_model, write_rows
+from tests.benchmarks.turns import Run, by_turns, ratio
 
-# Steps that are not counted: caches fill, and our MLflow store is made meanwhile.
-WARM_UP = 2
-# Runs of each kind, in turns, since the machine's speed drifts; the faster one counts.
-ROUNDS = 2
+# Steps before the first turn: caches fill, and our MLflow store is made meanwhile.
+WARM_UP = 3
+# More than a run comes to.
+_MANY = 10_000
+_SENT_STEPS = 5
 ONE_CORE = {"OMP_NUM_THREADS": "1"}
 
 
@@ -40,7 +41,7 @@ class Bench:
     rows: Path
     options: argparse.Namespace
 
-    def start(self, name: str, workers: int, *arguments: str, every: int = 2) -> Any:
+    def start(self, name: str, workers: int, *arguments: str, every: int = _MANY) -> Run:
         """Start a run of so many workers on a Ray cluster of its own."""
         job = {
             "name": name,
@@ -49,102 +50,91 @@ class Bench:
             "lora": {"rank": self.options.rank, "alpha": 2 * self.options.rank},
             "data": {"train": str(self.rows), "validation": None, "max_length": 1024},
             "training": {
-                "max_steps": self.options.steps,
+                "max_steps": _MANY,
                 "batch_size": self.options.batch,
                 "learning_rate": 2e-4,
                 "gradient_checkpointing": False,
             },
             "evaluation": {"samples": 0},
             "checkpoint": {"every": every},
-            "cluster": {"address": "local", "workers": workers, "collective_timeout": 60},
+            # A worker that stands still is none that hangs.
+            "cluster": {"address": "local", "workers": workers, "collective_timeout": 3600},
         }
-        return start(self.folder, job, *arguments, **ONE_CORE)
-
-    def events(self, name: str, kind: str) -> list[dict[str, Any]]:
-        """A run's events of one kind so far."""
-        return [e for e in journal(self.folder / "runs" / name) if e["event"] == kind]
-
-    def seconds(self, name: str) -> float:
-        """What the counted steps of a run took."""
-        return sum(step["seconds"] for step in self.events(name, "step")[WARM_UP:])
-
-    def wait(self, process: Any, true: Callable[[], bool]) -> None:
-        """Until something is so, while the run goes on."""
-        while not true():
-            if process.poll() is not None:
-                finish(process)
-                raise SystemExit(f"{process.args} ended before its time")
-            time.sleep(0.01)
-
-    def reach(self, process: Any, name: str, step: int) -> None:
-        """Until a run has done a step."""
-        self.wait(process, lambda: len(self.events(name, "step")) >= step)
+        return Run(start(self.folder, job, *arguments, **ONE_CORE), self.folder / "runs" / name)
 
 
 def main() -> None:
     """Measure, and print the line."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--rows", type=Path)
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rank", type=int, default=16)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        rows = write_rows(folder / "rows.jsonl", 4 * options.steps * options.batch, options.rows)
+        rows = write_rows(folder / "rows.jsonl", 100 * options.batch, options.rows)
         bench = Bench(folder, write_model(folder / "model"), rows, options)
-        results = {**_in_turns(bench), **_recovery(bench)}
+        results = {**_by_turns(bench), **_recovery(bench)}
         print(json.dumps({**results, "cores": os.cpu_count()}))
 
 
-def _in_turns(bench: Bench) -> dict[str, Any]:
-    """One worker and two, in turns; then runs without Ray, alone and two at once."""
-    first_step, sent = {}, 0.0
-    for number in range(ROUNDS):
-        began = time.time()
-        finish(bench.start(f"one{number}", 1))
-        # The first run quantizes the base, the others find it in the store.
-        words = "quantizing" if number == 0 else "base_in_store"
-        first_step[words] = bench.events(f"one{number}", "step")[0]["time"] - began
-        sent = _run_two(bench, f"two{number}")
-    finish(bench.start("alone", 1, "--local"))
-    for process in [bench.start(f"beside{number}", 1, "--local") for number in range(2)]:
-        finish(process)
-    one = min(bench.seconds(f"one{number}") for number in range(ROUNDS))
-    two = min((f"two{number}" for number in range(ROUNDS)), key=bench.seconds)
-    steps = bench.events(two, "step")[WARM_UP:]
-    tokens, seconds = sum(step["tokens"] for step in steps), bench.seconds(two)
-    beside = statistics.mean(bench.seconds(f"beside{number}") for number in range(2))
-    adapter = 4 * bench.events(two, "start")[0]["trainable_parameters"]
+def _by_turns(bench: Bench) -> dict[str, Any]:
+    """One worker and two; then, without Ray, one run and two at once."""
+    first_step = {}
+    # The first run quantizes the base, the others find it in the store.
+    one, first_step["quantizing"] = _warm(bench, "one", 1)
+    two, first_step["base_in_store"] = _warm(bench, "two", 2, every=2)
+    beside = [_warm(bench, f"beside{number}", 1, "--local")[0] for number in range(2)]
+    contestants = {"one": [one], "two": [two], "alone": beside[:1], "beside": beside}
+    rates = by_turns(contestants, bench.options.rounds)
+    two.resume()
+    sent = _sent(two)
+    for run in (one, two, *beside):
+        run.end()
+    steps = two.steps()[WARM_UP:]
+    start = next(event for event in journal(two.folder) if event["event"] == "start")
     return {
-        "tokens_per_second": {"one_worker": tokens / one, "two_workers": tokens / seconds},
-        "efficiency": one / seconds / 2,
-        "machine_efficiency": bench.seconds("alone") / beside,
-        "collective_share": sum(step["collective_seconds"] for step in steps) / seconds,
+        "tokens_per_second": {name: statistics.median(found) for name, found in rates.items()},
+        "efficiency": ratio(rates, "two", "one") / 2,
+        "machine_efficiency": ratio(rates, "beside", "alone") / 2,
+        "ray_speed_over_local": ratio(rates, "one", "alone"),
+        "collective_share": statistics.median(
+            step["collective_seconds"] / step["seconds"] for step in steps
+        ),
         "bytes_sent_per_step": sent,
-        "adapter_bytes": adapter,
+        "adapter_bytes": 4 * start["trainable_parameters"],
         "seconds_to_first_step": first_step,
-        "checkpoint": _checkpoint(bench, two),
+        "checkpoint": _checkpoint(two),
     }
 
 
-def _run_two(bench: Bench, name: str) -> float:
-    """A run of two workers; returns the bytes that the one that does not lead sends in a step."""
-    process = bench.start(name, 2)
-    bench.reach(process, name, WARM_UP)
-    follower = _follower(process)
+def _warm(
+    bench: Bench, name: str, workers: int, *arguments: str, every: int = _MANY
+) -> tuple[Run, float]:
+    """A run that stands still after its first steps, and seconds from the command to the first."""
+    began = time.time()
+    run = bench.start(name, workers, *arguments, every=every)
+    run.reach(WARM_UP)
+    run.pause()
+    return run, run.steps()[0]["time"] - began
+
+
+def _sent(run: Run) -> float:
+    """Bytes that the worker which does not lead sends in a step."""
+    follower, done = _follower(run.process), len(run.steps())
+    # From one step's end to another's: of the first, part was done before.
+    run.reach(done + 1)
     before = follower.io_counters().write_chars
-    last = bench.options.steps - 1
-    bench.reach(process, name, last)
-    sent = (follower.io_counters().write_chars - before) / (last - WARM_UP)
-    finish(process)
-    return sent
+    run.reach(done + 1 + _SENT_STEPS)
+    return (follower.io_counters().write_chars - before) / _SENT_STEPS
 
 
-def _checkpoint(bench: Bench, name: str) -> dict[str, float]:
+def _checkpoint(run: Run) -> dict[str, float]:
     """What a checkpoint takes, and its share of the steps between two of a default job."""
-    seconds = statistics.median(e["seconds"] for e in bench.events(name, "checkpoint"))
-    step = statistics.median(e["seconds"] for e in bench.events(name, "step"))
+    events = journal(run.folder)
+    seconds = statistics.median(e["seconds"] for e in events if e["event"] == "checkpoint")
+    step = statistics.median(e["seconds"] for e in events if e["event"] == "step")
     return {
         "seconds": seconds,
         "share_of_steps": seconds / (seconds + CheckpointConfig().every * step),
@@ -153,15 +143,14 @@ def _checkpoint(bench: Bench, name: str) -> dict[str, float]:
 
 def _recovery(bench: Bench) -> dict[str, float]:
     """Seconds from the kill of a worker to the end of the next step that was not there before."""
-    process = bench.start("killed", 2, every=1)
-    bench.reach(process, "killed", WARM_UP + 1)
-    done = len(bench.events("killed", "step"))
+    run = bench.start("killed", 2, every=1)
+    run.reach(WARM_UP)
+    done = len(run.steps())
     killed = time.time()
-    _follower(process).kill()
-    bench.reach(process, "killed", done + 1)
-    after = bench.events("killed", "step")[done]
-    process.terminate()
-    process.communicate()
+    _follower(run.process).kill()
+    run.reach(done + 1)
+    after = run.steps()[done]
+    run.end()
     return {
         "seconds_from_death_to_next_step": after["time"] - killed,
         "of_which_step": after["seconds"],
