@@ -89,7 +89,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=12, help="turns of Ray and of --local")
+    parser.add_argument("--rounds", type=int, default=10, help="turns of Ray and of --local")
     parser.add_argument("--trl", action="append", choices=list(SETTINGS), metavar="SETTING")
     return parser.parse_args()
 

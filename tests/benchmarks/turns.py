@@ -13,8 +13,10 @@ import psutil
 
 from tests.benchmarks.material import finish, journal
 
-# Steps of each run that count in a turn, after one that it was stopped in the midst of.
-STEPS = 3
+# What stood still has much to catch up with; steps that begin in these first seconds do not count.
+_SETTLE_SECONDS = 4.0
+# The counted steps of each run take at least so long in a turn.
+_TURN_SECONDS = 12.0
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,15 @@ class Run:
                 finish(self.process)
                 raise SystemExit(f"{self.process.args} ended before its time")
             time.sleep(0.05)
+
+    def rate(self, counts_from: float) -> float:
+        """Tokens per second of the steps that begin at a time or later, when they are enough."""
+        while True:
+            steps = [s for s in self.steps() if s["time"] - s["seconds"] >= counts_from]
+            seconds = sum(step["seconds"] for step in steps)
+            if seconds >= _TURN_SECONDS:
+                return sum(step["tokens"] for step in steps) / seconds
+            self.reach(len(self.steps()) + 1)
 
     def pause(self) -> None:
         """Stand still, with every process that it has started."""
@@ -74,26 +85,17 @@ def by_turns(contestants: Mapping[str, Sequence[Run]], rounds: int) -> dict[str,
     rates: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds):
         for name, runs in contestants.items():
-            before = [len(run.steps()) for run in runs]
             for run in runs:
                 run.resume()
+            counts_from = time.time() + _SETTLE_SECONDS
             # Who is done first goes on beside the others.
-            for run, done in zip(runs, before, strict=True):
-                run.reach(done + 1 + STEPS)
+            rate = sum(run.rate(counts_from) for run in runs)
             for run in runs:
                 run.pause()
-            counted = [
-                run.steps()[done + 1 : done + 1 + STEPS]
-                for run, done in zip(runs, before, strict=True)
-            ]
-            rates[name].append(sum(map(_rate, counted)))
+            rates[name].append(rate)
     return rates
 
 
 def ratio(rates: Mapping[str, Sequence[float]], one: str, other: str) -> float:
     """Median over the rounds of a contestant's speed over another's."""
     return statistics.median(a / b for a, b in zip(rates[one], rates[other], strict=True))
-
-
-def _rate(steps: Sequence[dict[str, Any]]) -> float:
-    return sum(step["tokens"] for step in steps) / sum(step["seconds"] for step in steps)
