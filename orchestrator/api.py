@@ -123,9 +123,7 @@ def sweep(
 def _sweep(
     job: JobConfig, run_dir: Path, say: Say, watch: Callable[[Path], Any] | None
 ) -> dict[str, Any]:
-    # Tune's thread may outlive its Ray for a moment, and must not start another; Ray reads this
-    # when it is imported.
-    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
+    _start_ray_once()
     quiet_libraries()
     from orchestrator.sweep.finish import conclude, results, settle
     from orchestrator.sweep.outcome import spent_seconds
@@ -259,7 +257,16 @@ def _train_here(job: JobConfig, place: Place) -> dict[str, Any]:
         return run(job, place.folder, cache_dir(), None, World(), observer)
 
 
+def _start_ray_once() -> None:
+    """A thread that outlives its Ray for a moment must not start another.
+
+    Tune's and Ray Train's call Ray on; Ray reads this when it is imported.
+    """
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
+
+
 def _train_on_ray(job: JobConfig, place: Place, say: Say) -> dict[str, Any]:
+    _start_ray_once()
     from orchestrator.cluster.session import session
 
     with (

@@ -19,7 +19,7 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from orchestrator import allocator
-from orchestrator.cluster.alone import NothingToAskFor, control
+from orchestrator.cluster.alone import Control, NothingToAskFor
 from orchestrator.cluster.elastic import STOPPED, LivingNodes
 from orchestrator.cluster.forming import Forming, StartsAgain
 from orchestrator.cluster.group import GlooGroup
@@ -47,6 +47,8 @@ _START_RETRIES = 3
 _ELASTIC_START_SECONDS = 60
 # How often an elastic run looks whether it can have more workers; each change restarts them.
 _RESIZE_SECONDS = 30.0
+# A controller in this process looks after its workers every two seconds.
+_END_SECONDS = 3.0
 # Between waits the main thread runs the handlers of signals.
 _WAIT_SECONDS = 0.5
 # So long after the last worker a run that has ended has told its result: Ray Train gives its own
@@ -185,7 +187,7 @@ def _start_timeout(seconds: int) -> Iterator[None]:
         del os.environ[_START_TIMEOUT]
 
 
-def _wait(job: JobConfig, run_dir: Path, trainer: DataParallelTrainer) -> Any:
+def _wait(job: JobConfig, run_dir: Path, trainer: "_Trainer") -> Any:
     """The leading worker's return value.
 
     Raises:
@@ -211,12 +213,17 @@ def _wait(job: JobConfig, run_dir: Path, trainer: DataParallelTrainer) -> Any:
         if isinstance(cause, OrchestratorError):
             raise cause from error
         raise OrchestratorError(_failure(job, error)) from error
+    finally:
+        if trainer.control is not None:
+            trainer.control.end()
+            wait([waiting], timeout=_END_SECONDS)
 
 
 def _begin(work: Callable[[], Any]) -> Future[Any]:
     """A call in a thread, so that Ray leaves SIGINT alone: the first one asks for a checkpoint.
 
-    The process ends without it. Where Ray was left meanwhile its call never returns: it spins.
+    The process ends without it. Where Ray was left meanwhile, a call that waits for an actor never
+    returns: it spins.
     """
     found: Future[Any] = Future()
 
@@ -283,6 +290,9 @@ class _Trainer(DataParallelTrainer):  # type: ignore[misc]
     leaves none.
     """
 
+    # Where this process has the controller itself.
+    control: Control | None = None
+
     def _create_default_callbacks(self) -> list[Any]:
         unneeded: tuple[type, ...] = (DatasetsCallback,)
         if self.train_loop_config["own"]:
@@ -301,8 +311,8 @@ class _Trainer(DataParallelTrainer):  # type: ignore[misc]
             )
         elif self.train_loop_config["own"]:
             given["scaling_policy"] = NothingToAskFor(self.scaling_config)
-        if self.train_loop_config.get("controls"):
-            return control(given)
+        if self.control is not None:
+            return self.control.run(given)
         return super()._initialize_and_run_controller(**given)
 
 
@@ -313,10 +323,10 @@ def _trainer(
     retries: int,
     work: Callable[[dict[str, Any]], Any],
     config: dict[str, Any],
-) -> DataParallelTrainer:
+) -> _Trainer:
     silence = math.ceil(job.cluster.collective_timeout)
     settings = allocator.gpu_settings if plan.gpus else allocator.settings
-    return _Trainer(
+    trainer = _Trainer(
         work,
         train_loop_config=config,
         # Workers agree over gloo; where they have GPUs they sum gradients in a group of NCCL's.
@@ -337,6 +347,9 @@ def _trainer(
             worker_runtime_env={"env_vars": settings(os.environ)},
         ),
     )
+    if config.get("controls"):
+        trainer.control = Control()
+    return trainer
 
 
 def _failure(job: JobConfig, error: ray.train.TrainingFailedError) -> str:

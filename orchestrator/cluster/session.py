@@ -176,12 +176,12 @@ def _connect(address: str, say: Callable[[str], None], environment: ExitStack) -
         # Ray itself switches its token on for a cluster that it starts so. Its dashboard is for
         # clusters that outlive a command; its eleven processes would cost two seconds of the start.
         ray.init(address="local", include_dashboard=False, **options)
-        # It reads the workers' logs for commands that print them, ten times a second.
-        ray._private.worker._global_node.kill_log_monitor(check_alive=False)
     except (RuntimeError, OSError, ValueError) as error:
         raise OrchestratorError(
             f"Ray does not start on this machine ({error}). `--local` runs the job without it"
         ) from error
+    # It reads the workers' logs for commands that print them, ten times a second.
+    ray._private.worker._global_node.kill_log_monitor(check_alive=False)
     return True
 
 

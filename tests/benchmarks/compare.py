@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -137,15 +138,14 @@ def _ours(
 def _ray_share(folder: Path, model: Path, rows: Path, options: argparse.Namespace) -> float:
     """What a step through Ray takes beyond one of `--local`, as a share of the latter."""
     runs = {}
-    for name, arguments in {"ray": (), "local": ("--local",)}.items():
-        job = _job(folder, model, rows, options, f"turns-{name}", 10_000)
-        run = Run(start(folder, job, *arguments), folder / "runs" / f"turns-{name}")
-        run.reach(WARM_UP)
-        run.pause()
-        runs[name] = [run]
-    rates = by_turns(runs, options.rounds)
-    for (run,) in runs.values():
-        run.end()
+    with ExitStack() as stack:
+        for name, arguments in {"ray": (), "local": ("--local",)}.items():
+            job = _job(folder, model, rows, options, f"turns-{name}", 10_000)
+            run = Run(start(folder, job, *arguments), folder / "runs" / f"turns-{name}")
+            runs[name] = [stack.enter_context(run)]
+            run.reach(WARM_UP)
+            run.pause()
+        rates = by_turns(runs, options.rounds)
     return ratio(rates, "local", "ray") - 1
 
 

@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import tempfile
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,42 +83,37 @@ def main() -> None:
 def _by_turns(bench: Bench) -> dict[str, Any]:
     """One worker and two; then, without Ray, one run and two at once."""
     first_step = {}
-    # The first run quantizes the base, the others find it in the store.
-    one, first_step["quantizing"] = _warm(bench, "one", 1)
-    two, first_step["base_in_store"] = _warm(bench, "two", 2, every=2)
-    beside = [_warm(bench, f"beside{number}", 1, "--local")[0] for number in range(2)]
-    contestants = {"one": [one], "two": [two], "alone": beside[:1], "beside": beside}
-    rates = by_turns(contestants, bench.options.rounds)
-    two.resume()
-    sent = _sent(two)
-    for run in (one, two, *beside):
-        run.end()
+    with ExitStack() as stack:
+
+        def warm(name: str, workers: int, *arguments: str) -> tuple[Run, float]:
+            """A run that stands still after its first steps, and seconds to the first."""
+            began = time.time()
+            run = stack.enter_context(bench.start(name, workers, *arguments))
+            run.reach(WARM_UP)
+            run.pause()
+            return run, run.steps()[0]["time"] - began
+
+        # The first run quantizes the base, the others find it in the store.
+        one, first_step["quantizing"] = warm("one", 1)
+        two, first_step["base_in_store"] = warm("two", 2)
+        beside = [warm(f"beside{number}", 1, "--local")[0] for number in range(2)]
+        contestants = {"one": [one], "two": [two], "alone": beside[:1], "beside": beside}
+        rates = by_turns(contestants, bench.options.rounds)
+        two.resume()
+        sent = _sent(two)
     steps = two.steps()[WARM_UP:]
     start = next(event for event in journal(two.folder) if event["event"] == "start")
     return {
         "tokens_per_second": {name: statistics.median(found) for name, found in rates.items()},
         "efficiency": ratio(rates, "two", "one") / 2,
         "machine_efficiency": ratio(rates, "beside", "alone") / 2,
-        "ray_speed_over_local": ratio(rates, "one", "alone"),
         "collective_share": statistics.median(
             step["collective_seconds"] / step["seconds"] for step in steps
         ),
         "bytes_sent_per_step": sent,
         "adapter_bytes": 4 * start["trainable_parameters"],
         "seconds_to_first_step": first_step,
-        "checkpoint": _checkpoint(two),
     }
-
-
-def _warm(
-    bench: Bench, name: str, workers: int, *arguments: str, every: int = _MANY
-) -> tuple[Run, float]:
-    """A run that stands still after its first steps, and seconds from the command to the first."""
-    began = time.time()
-    run = bench.start(name, workers, *arguments, every=every)
-    run.reach(WARM_UP)
-    run.pause()
-    return run, run.steps()[0]["time"] - began
 
 
 def _sent(run: Run) -> float:
@@ -141,19 +137,22 @@ def _checkpoint(run: Run) -> dict[str, float]:
     }
 
 
-def _recovery(bench: Bench) -> dict[str, float]:
-    """Seconds from the kill of a worker to the end of the next step that was not there before."""
-    run = bench.start("killed", 2, every=1)
-    run.reach(WARM_UP)
-    done = len(run.steps())
-    killed = time.time()
-    _follower(run.process).kill()
-    run.reach(done + 1)
-    after = run.steps()[done]
-    run.end()
+def _recovery(bench: Bench) -> dict[str, Any]:
+    """Seconds from the kill of a worker to the end of the next step that was not there before.
+
+    And what the checkpoints of that run took.
+    """
+    with bench.start("killed", 2, every=1) as run:
+        run.reach(WARM_UP)
+        done = len(run.steps())
+        killed = time.time()
+        _follower(run.process).kill()
+        run.reach(done + 1)
+        after = run.steps()[done]
     return {
         "seconds_from_death_to_next_step": after["time"] - killed,
         "of_which_step": after["seconds"],
+        "checkpoint": _checkpoint(run),
     }
 
 

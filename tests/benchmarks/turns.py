@@ -2,6 +2,7 @@
 
 import signal
 import statistics
+import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -17,6 +18,8 @@ from tests.benchmarks.material import finish, journal
 _SETTLE_SECONDS = 4.0
 # The counted steps of each run take at least so long in a turn.
 _TURN_SECONDS = 12.0
+_LOOK_SECONDS = 0.1
+_END_SECONDS = 120
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Run:
             if self.process.poll() is not None:
                 finish(self.process)
                 raise SystemExit(f"{self.process.args} ended before its time")
-            time.sleep(0.05)
+            time.sleep(_LOOK_SECONDS)
 
     def rate(self, counts_from: float) -> float:
         """Tokens per second of the steps that begin at a time or later, when they are enough."""
@@ -59,17 +62,25 @@ class Run:
         """Go on."""
         self._send(signal.SIGCONT)
 
-    def end(self) -> None:
-        """Go on to the next checkpoint, and end."""
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End it with all it has started, whether it stands still or not."""
         self.resume()
         self.process.terminate()
-        self.process.communicate()
+        try:
+            self.process.communicate(timeout=_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._send(signal.SIGKILL)
+            self.process.communicate()
 
     def _send(self, number: int) -> None:
-        own = psutil.Process(self.process.pid)
-        for process in [own, *own.children(recursive=True)]:
-            with suppress(psutil.NoSuchProcess):
-                process.send_signal(number)
+        with suppress(psutil.NoSuchProcess):
+            own = psutil.Process(self.process.pid)
+            for process in [*own.children(recursive=True), own]:
+                with suppress(psutil.NoSuchProcess):
+                    process.send_signal(number)
 
 
 def by_turns(contestants: Mapping[str, Sequence[Run]], rounds: int) -> dict[str, list[float]]:
